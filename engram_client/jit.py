@@ -1,0 +1,119 @@
+"""`@kernel`: numba compilation as this project wants it, with a cache that cannot go stale.
+
+Every hot loop is a free function on arrays, compiled without the GIL. numba's own on-disk cache
+looks only at the file a kernel is defined in: change a kernel in another file that it calls, and
+the old machine code comes back. So our cache lives in a folder named by a digest of all kernel
+sources and of numba's and llvmlite's versions; another digest is another folder.
+
+The folder is `$TIERSTORE_KERNEL_CACHE`, else `$XDG_CACHE_HOME/tierstore/kernels`, else
+`~/.cache/tierstore/kernels`. Where it cannot be written, kernels compile anew in each process,
+and one warning says so. numba's global settings, which other libraries in the process share, are
+left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba.core.caching import CompileResultCacheImpl, FunctionCache
+
+KERNEL_FOLDERS = (("engram_client", "arena"), ("engram_client", "hashing"), ("tierstore", "kernels"))
+
+
+def kernel_sources() -> list[Path]:
+    """Every file whose text can change what a kernel compiles to."""
+    found = [Path(__file__)]
+    for package, folder in KERNEL_FOLDERS:
+        spec = importlib.util.find_spec(package)
+        for root in spec.submodule_search_locations or () if spec else ():
+            found += sorted(Path(root, folder).glob("*.py"))
+    return found
+
+
+def sources_digest(sources: list[Path]) -> str:
+    """16 hexadecimal digits over file names, file contents and compiler versions."""
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
+    for path in sources:
+        digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cache_root() -> Path:
+    if chosen := os.environ.get("TIERSTORE_KERNEL_CACHE"):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "tierstore" / "kernels"
+
+
+@cache
+def cache_folder() -> Path | None:
+    """The folder for this set of sources, created; None where it cannot be written."""
+    folder = cache_root() / sources_digest(kernel_sources())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+        reason = "it is not writable"
+    except OSError as error:
+        reason = str(error)
+    warnings.warn(
+        f"kernel cache {folder} cannot be used ({reason}): kernels compile anew in each process, "
+        "which costs several seconds; set TIERSTORE_KERNEL_CACHE to a writable folder",
+        stacklevel=2,
+    )
+    return None
+
+
+class _DigestLocator:
+    """Tells numba where to keep one function's machine code (its cache-locator interface)."""
+
+    def __init__(self, py_func: Callable[..., Any], folder: Path) -> None:
+        self._py_func = py_func
+        self._folder = folder
+
+    def ensure_cache_path(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def get_cache_path(self) -> str:
+        return str(self._folder)
+
+    def get_source_stamp(self) -> str:
+        return self._folder.name
+
+    def get_disambiguator(self) -> str:
+        return str(self._py_func.__code__.co_firstlineno)
+
+    @classmethod
+    def from_function(cls, py_func: Callable[..., Any], py_file: str) -> _DigestLocator | None:
+        folder = cache_folder()
+        return cls(py_func, folder) if folder else None
+
+
+class _CacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
+    _locator_classes = [_DigestLocator]
+
+
+class _KernelCache(FunctionCache):  # type: ignore[misc]
+    _impl_class = _CacheImpl
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile `function` without the GIL at its first call; keep the machine code on disk."""
+    dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
+    if cache_folder():
+        dispatcher._cache = _KernelCache(dispatcher.py_func)
+    return dispatcher
+
+
+def inline_kernel(function: Callable[..., Any]) -> Any:
+    """A small function that only other kernels call; it is compiled into them."""
+    return numba.njit(nogil=True, error_model="numpy", inline="never")(function)

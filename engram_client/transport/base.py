@@ -1,0 +1,55 @@
+"""The one small interface between the public client and wherever the rows are.
+
+A transport moves one `LookupRequest` and fills the caller's buffer; it does not validate ids,
+split requests for the caller, or know about tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from engram_client.spec import TableSpec
+
+
+@dataclass(frozen=True)
+class LookupRequest:
+    """Rows wanted from one generation of one table.
+
+    `ids` is C-contiguous int64: n-gram keys [n, orders] for address "ngram", row ids [n] for
+    address "row"; -1 asks for no row. `heads` is a half-open range and only goes with "ngram".
+    """
+
+    table: str
+    generation: str
+    address: Literal["ngram", "row"]
+    ids: np.ndarray
+    heads: tuple[int, int] | None = None
+
+
+class Transport(Protocol):
+    """Where rows come from. Thread safe; every error is an engram_client.errors class."""
+
+    def list_tables(self) -> dict[str, TableSpec]:
+        """Every table served, by name."""
+
+    def describe_table(self, name: str) -> TableSpec:
+        """One table. Raises UnknownTable."""
+
+    def lookup(self, request: LookupRequest, out: np.ndarray, timeout_s: float | None) -> None:
+        """Fill `out`, uint8 C-contiguous [n, orders, heads * row_bytes] or [n, row_bytes].
+
+        Either all of `out` is right when this returns, or an error is raised and its content is
+        undefined.
+        """
+
+    def prefetch(self, request: LookupRequest) -> bool:
+        """Hint that these rows are wanted soon; False where the hint was dropped."""
+
+    def stats(self) -> dict[str, int]:
+        """The service's counters."""
+
+    def close(self) -> None:
+        """Release connections; waiting calls raise Cancelled or Unavailable."""
