@@ -1,0 +1,115 @@
+"""Page checksums: XXH64 as published, over 4088 bytes, seeded with the table and the page number.
+
+    checksum(page p of file U) = XXH64(page[0:4088], seed = XXH64(U || p as uint64, seed 0))
+
+U is the file's 16-byte uuid; everything is little-endian, and the checksum fills the last 8 bytes
+of the page. The seed makes a page that was written to the wrong place, or that belongs to another
+file, as wrong as one with a flipped bit. Any xxhash library computes the same.
+
+A page is 512 uint64 words here: 127 stripes of four words, three words more, and the checksum.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engram_client.jit import inline_kernel, kernel
+
+U64 = np.uint64
+PRIME1 = U64(0x9E3779B185EBCA87)
+PRIME2 = U64(0xC2B2AE3D27D4EB4F)
+PRIME3 = U64(0x165667B19E3779F9)
+PRIME4 = U64(0x85EBCA77C2B2AE63)
+PRIME5 = U64(0x27D4EB2F165667C5)
+
+STRIPED_WORDS = 508  # words 0..507 go through the four lanes
+PAYLOAD_WORDS = 511  # words 508..510 are the tail; word 511 is the checksum
+
+
+@inline_kernel
+def _rotate(x, bits):  # type: ignore[no-untyped-def]
+    return (x << U64(bits)) | (x >> U64(64 - bits))
+
+
+@inline_kernel
+def _lane(accumulator, word):  # type: ignore[no-untyped-def]
+    return _rotate(accumulator + word * PRIME2, 31) * PRIME1
+
+
+@inline_kernel
+def _merge(hashed, lane):  # type: ignore[no-untyped-def]
+    return (hashed ^ _lane(U64(0), lane)) * PRIME1 + PRIME4
+
+
+@inline_kernel
+def _absorb(hashed, word):  # type: ignore[no-untyped-def]
+    return _rotate(hashed ^ _lane(U64(0), word), 27) * PRIME1 + PRIME4
+
+
+@inline_kernel
+def _avalanche(hashed):  # type: ignore[no-untyped-def]
+    hashed = (hashed ^ (hashed >> U64(33))) * PRIME2
+    hashed = (hashed ^ (hashed >> U64(29))) * PRIME3
+    return hashed ^ (hashed >> U64(32))
+
+
+@inline_kernel
+def page_seed(page_number, uuid_lo, uuid_hi):  # type: ignore[no-untyped-def]
+    """XXH64 of the uuid and the page number, 24 bytes, seed 0."""
+    hashed = _absorb(PRIME5 + U64(24), U64(uuid_lo))
+    hashed = _absorb(hashed, U64(uuid_hi))
+    return _avalanche(_absorb(hashed, U64(page_number)))
+
+
+@kernel
+def page_checksum(words, page_number, uuid_lo, uuid_hi):  # type: ignore[no-untyped-def]
+    """Checksum of one page, uint64; `words` is uint64[512], of which the last is not read."""
+    seed = page_seed(page_number, uuid_lo, uuid_hi)
+    a = seed + PRIME1 + PRIME2
+    b = seed + PRIME2
+    c = seed
+    d = seed - PRIME1
+    for i in range(0, STRIPED_WORDS, 4):
+        a = _lane(a, words[i])
+        b = _lane(b, words[i + 1])
+        c = _lane(c, words[i + 2])
+        d = _lane(d, words[i + 3])
+    hashed = _rotate(a, 1) + _rotate(b, 7) + _rotate(c, 12) + _rotate(d, 18)
+    hashed = _merge(_merge(_merge(_merge(hashed, a), b), c), d)
+    hashed += U64(PAYLOAD_WORDS * 8)
+    for i in range(STRIPED_WORDS, PAYLOAD_WORDS):
+        hashed = _absorb(hashed, words[i])
+    return _avalanche(hashed)
+
+
+@kernel
+def first_bad_page(pages, page_numbers, uuid_lo, uuid_hi, start, stop):  # type: ignore[no-untyped-def]
+    """First i in [start, stop) whose page is damaged or misplaced, or -1.
+
+    pages: uint64[n, 512]; page_numbers: int64[n], the number in the file each is meant to have.
+    """
+    for i in range(start, stop):
+        if page_checksum(pages[i], page_numbers[i], uuid_lo, uuid_hi) != pages[i, PAYLOAD_WORDS]:
+            return i
+    return -1
+
+
+@kernel
+def seal_pages(pages, first_page_number, uuid_lo, uuid_hi, start, stop):  # type: ignore[no-untyped-def]
+    """Write the checksum of pages[start:stop]; pages[i] is page `first_page_number + i` of its file."""
+    for i in range(start, stop):
+        pages[i, PAYLOAD_WORDS] = page_checksum(pages[i], first_page_number + i, uuid_lo, uuid_hi)
+
+
+@kernel
+def bad_pages(pages, first_page_number, uuid_lo, uuid_hi, start, stop, damaged):  # type: ignore[no-untyped-def]
+    """Put every i in [start, stop) whose page is wrong into `damaged` (int64[stop - start]); how many.
+
+    pages[i] is meant to be page `first_page_number + i` of its file.
+    """
+    found = 0
+    for i in range(start, stop):
+        if page_checksum(pages[i], first_page_number + i, uuid_lo, uuid_hi) != pages[i, PAYLOAD_WORDS]:
+            damaged[found] = i
+            found += 1
+    return found
