@@ -1,0 +1,149 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Field(_message.Message):
+    __slots__ = ("name", "dtype", "count")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    count: int
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
+
+class RowLayout(_message.Message):
+    __slots__ = ("fields", "global_scale")
+    FIELDS_FIELD_NUMBER: _ClassVar[int]
+    GLOBAL_SCALE_FIELD_NUMBER: _ClassVar[int]
+    fields: _containers.RepeatedCompositeFieldContainer[Field]
+    global_scale: float
+    def __init__(self, fields: _Optional[_Iterable[_Union[Field, _Mapping]]] = ..., global_scale: _Optional[float] = ...) -> None: ...
+
+class Order(_message.Message):
+    __slots__ = ("head_sizes", "head_offsets")
+    HEAD_SIZES_FIELD_NUMBER: _ClassVar[int]
+    HEAD_OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    head_sizes: _containers.RepeatedScalarFieldContainer[int]
+    head_offsets: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, head_sizes: _Optional[_Iterable[int]] = ..., head_offsets: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class HashScheme(_message.Message):
+    __slots__ = ("kind", "layer_id", "multipliers", "orders", "vocab_size", "pad_id", "eos_token_id", "vocabulary_digest", "parameters_json")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    LAYER_ID_FIELD_NUMBER: _ClassVar[int]
+    MULTIPLIERS_FIELD_NUMBER: _ClassVar[int]
+    ORDERS_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAD_ID_FIELD_NUMBER: _ClassVar[int]
+    EOS_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    VOCABULARY_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_JSON_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    layer_id: int
+    multipliers: _containers.RepeatedScalarFieldContainer[int]
+    orders: _containers.RepeatedCompositeFieldContainer[Order]
+    vocab_size: int
+    pad_id: int
+    eos_token_id: int
+    vocabulary_digest: str
+    parameters_json: str
+    def __init__(self, kind: _Optional[str] = ..., layer_id: _Optional[int] = ..., multipliers: _Optional[_Iterable[int]] = ..., orders: _Optional[_Iterable[_Union[Order, _Mapping]]] = ..., vocab_size: _Optional[int] = ..., pad_id: _Optional[int] = ..., eos_token_id: _Optional[int] = ..., vocabulary_digest: _Optional[str] = ..., parameters_json: _Optional[str] = ...) -> None: ...
+
+class TableSpec(_message.Message):
+    __slots__ = ("name", "generation", "uuid", "rows", "layout", "addressing", "scheme", "layer", "model")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    UUID_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSING_FIELD_NUMBER: _ClassVar[int]
+    SCHEME_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    generation: bytes
+    uuid: bytes
+    rows: int
+    layout: RowLayout
+    addressing: str
+    scheme: HashScheme
+    layer: int
+    model: str
+    def __init__(self, name: _Optional[str] = ..., generation: _Optional[bytes] = ..., uuid: _Optional[bytes] = ..., rows: _Optional[int] = ..., layout: _Optional[_Union[RowLayout, _Mapping]] = ..., addressing: _Optional[str] = ..., scheme: _Optional[_Union[HashScheme, _Mapping]] = ..., layer: _Optional[int] = ..., model: _Optional[str] = ...) -> None: ...
+
+class ListTablesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListTablesResponse(_message.Message):
+    __slots__ = ("tables",)
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    tables: _containers.RepeatedCompositeFieldContainer[TableSpec]
+    def __init__(self, tables: _Optional[_Iterable[_Union[TableSpec, _Mapping]]] = ...) -> None: ...
+
+class DescribeTableRequest(_message.Message):
+    __slots__ = ("table",)
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    def __init__(self, table: _Optional[str] = ...) -> None: ...
+
+class DescribeTableResponse(_message.Message):
+    __slots__ = ("table",)
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    table: TableSpec
+    def __init__(self, table: _Optional[_Union[TableSpec, _Mapping]] = ...) -> None: ...
+
+class HeadRange(_message.Message):
+    __slots__ = ("start", "stop")
+    START_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    stop: int
+    def __init__(self, start: _Optional[int] = ..., stop: _Optional[int] = ...) -> None: ...
+
+class LookupRequest(_message.Message):
+    __slots__ = ("table", "generation", "ngram_keys", "row_ids", "heads")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    NGRAM_KEYS_FIELD_NUMBER: _ClassVar[int]
+    ROW_IDS_FIELD_NUMBER: _ClassVar[int]
+    HEADS_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    generation: bytes
+    ngram_keys: bytes
+    row_ids: bytes
+    heads: HeadRange
+    def __init__(self, table: _Optional[str] = ..., generation: _Optional[bytes] = ..., ngram_keys: _Optional[bytes] = ..., row_ids: _Optional[bytes] = ..., heads: _Optional[_Union[HeadRange, _Mapping]] = ...) -> None: ...
+
+class LookupResponse(_message.Message):
+    __slots__ = ("rows",)
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    rows: bytes
+    def __init__(self, rows: _Optional[bytes] = ...) -> None: ...
+
+class PrefetchResponse(_message.Message):
+    __slots__ = ("accepted",)
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    accepted: bool
+    def __init__(self, accepted: bool = ...) -> None: ...
+
+class StatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatsResponse(_message.Message):
+    __slots__ = ("counters",)
+    class CountersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    counters: _containers.ScalarMap[str, int]
+    def __init__(self, counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
