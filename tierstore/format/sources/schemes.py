@@ -1,0 +1,89 @@
+"""Hash schemes derived from a checkpoint's configuration, and checked against its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engram_client.errors import BadRequest, FormatError, VocabularyMismatch
+from engram_client.hashing.schemes import engram_schemes
+from engram_client.hashing.tokenizer import CompressedTokenizer
+from engram_client.spec import HashScheme
+
+HEADS_MAX = 1024  # bounds the prime search a configuration can ask for
+NGRAM_MAX = 64
+TOKENIZER_NAME = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What is known of the compressed vocabulary: its size, and its digest where a tokenizer was there."""
+
+    size: int
+    digest: str | None
+
+
+def load_vocabulary(tokenizer: Path | None, folder: Path, expected_size: int | None, key: str) -> Vocabulary:
+    """From the tokenizer given, else the one in `folder`, else the expected size alone.
+
+    Raises VocabularyMismatch where the tokenizer's compressed size is not `expected_size`, FormatError
+    where neither a tokenizer nor the configuration's `key` says the size.
+    """
+    beside = folder / TOKENIZER_NAME
+    path = tokenizer or (beside if beside.exists() else None)
+    if path is None:
+        if expected_size is None:
+            raise FormatError(
+                f"{folder}: the hash depends on the compressed vocabulary's size: give a tokenizer.json, "
+                f"or put {key!r} into config.json"
+            )
+        return Vocabulary(expected_size, None)
+    compressed = CompressedTokenizer(path)
+    if expected_size is not None and compressed.vocab_size != expected_size:
+        raise VocabularyMismatch(
+            f"{path}: its tokens fold to {compressed.vocab_size} compressed ids, {key} in "
+            f"{folder / 'config.json'} says {expected_size}; use the tokenizer the table was trained with"
+        )
+    return Vocabulary(compressed.vocab_size, compressed.digest)
+
+
+def derive_engram_schemes(
+    where: Path,
+    vocabulary: Vocabulary,
+    *,
+    layer_ids: list[int],
+    vocab_size_per_ngram: list[int],
+    n_head_per_ngram: int,
+    max_ngram_size: int,
+    pad_id: int,
+    seed: int,
+) -> dict[int, HashScheme]:
+    """The scheme of each layer by its number. `where` is the file the numbers come from, for messages.
+
+    Multipliers and head sizes follow from the vocabulary's size alone; its digest is recorded.
+    """
+    if n_head_per_ngram > HEADS_MAX or max_ngram_size > NGRAM_MAX:
+        raise FormatError(
+            f"{where}: {n_head_per_ngram} heads of n-grams up to {max_ngram_size}; "
+            f"at most {HEADS_MAX} and {NGRAM_MAX} are supported"
+        )
+    try:
+        schemes = engram_schemes(
+            compressed_vocab_size=vocabulary.size,
+            layer_ids=layer_ids,
+            vocab_size_per_ngram=vocab_size_per_ngram,
+            n_head_per_ngram=n_head_per_ngram,
+            max_ngram_size=max_ngram_size,
+            pad_id=pad_id,
+            seed=seed,
+            vocabulary_digest=vocabulary.digest,
+        )
+    except BadRequest as error:
+        raise FormatError(f"{where}: {error}") from error
+    return {scheme.layer_id: scheme for scheme in schemes}
+
+
+def scheme_of(schemes: dict[int, HashScheme], layer: int, where: Path) -> HashScheme:
+    if layer not in schemes:
+        raise FormatError(f"{where}: layer {layer} has a table, but the layer ids are {sorted(schemes)}")
+    return schemes[layer]
