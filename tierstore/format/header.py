@@ -43,7 +43,7 @@ FORMAT_VERSION = 1
 HEADER = struct.Struct("<8sIIQII16sQQQ16sIII")
 GENERATION_SLICE = slice(72, 88)
 FLAG_PAGE_EPOCHS = 1
-LEAF_PAGES = 8192  # 32 MiB of data pages
+LEAF_PAGES = 2048  # 8 MiB of data pages
 
 _STATED_BY_HEADER = ("generation", "uuid", "rows")
 

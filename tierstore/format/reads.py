@@ -1,0 +1,95 @@
+"""Which bytes of which files hold rows [a, b) of a table (pure), and reading them (thin)."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engram_client.errors import FormatError, StorageError
+from tierstore.format.source import TableSource
+
+MAX_OPEN_FILES = 8
+
+
+@dataclass(frozen=True)
+class Read:
+    """`count` bytes at `offset` of a file go to byte `at` of the staging buffer."""
+
+    path: Path
+    offset: int
+    count: int
+    at: int
+
+
+def staging_starts(source: TableSource, batch_rows: int) -> np.ndarray:
+    """Where each field's dense run starts in a staging buffer of `batch_rows` rows; int64."""
+    sizes = [field.bytes for field in source.layout.fields]
+    return np.array([batch_rows * sum(sizes[:f]) for f in range(len(sizes))], dtype=np.int64)
+
+
+def plan_reads(source: TableSource, first_row: int, last_row: int, batch_rows: int) -> list[Read]:
+    """Reads that bring rows [first_row, last_row) of all fields into staging."""
+    reads = []
+    starts = staging_starts(source, batch_rows)
+    for field, extents, start in zip(source.layout.fields, source.fields, starts, strict=True):
+        for extent in extents:
+            first = max(first_row, extent.first_row)
+            last = min(last_row, extent.first_row + extent.rows)
+            if first < last:
+                offset = extent.offset + (first - extent.first_row) * field.bytes
+                at = int(start) + (first - first_row) * field.bytes
+                reads.append(Read(extent.path, offset, (last - first) * field.bytes, at))
+    return reads
+
+
+class SourceFiles:
+    """The source files that are being read; used by one thread. At most a few are open."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, int] = OrderedDict()
+
+    def read(self, read: Read, staging: np.ndarray) -> None:
+        """Fill staging[read.at : read.at + read.count]. Raises FormatError where the file ends early."""
+        fd = self._fd(read.path)
+        view = memoryview(staging)[read.at : read.at + read.count]
+        done = 0
+        while done < read.count:
+            try:
+                count = os.preadv(fd, [view[done:]], read.offset + done)
+            except OSError as error:
+                raise StorageError(f"{read.path} cannot be read: {error.strerror}; check the disk") from error
+            if count == 0:
+                raise FormatError(
+                    f"{read.path} is truncated: its rows reach byte {read.offset + read.count}, "
+                    f"the file ends at byte {read.offset + done}; fetch it again"
+                )
+            done += count
+        # Every byte is wanted once; left in the page cache they would push out what is wanted again.
+        os.posix_fadvise(fd, read.offset, read.count, os.POSIX_FADV_DONTNEED)
+
+    def will_need(self, read: Read) -> None:
+        """Let the kernel start reading."""
+        os.posix_fadvise(self._fd(read.path), read.offset, read.count, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _fd(self, path: Path) -> int:
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise FormatError(f"{path} is missing: the checkpoint is not complete; fetch it again") from error
+        except OSError as error:
+            raise StorageError(f"{path} cannot be opened: {error.strerror}") from error
+        while len(self._open) >= MAX_OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1])
+        self._open[path] = fd
+        return fd
