@@ -1,0 +1,122 @@
+"""Every key of the configuration: its type, default, bounds and one-line meaning.
+
+This is the only place where a default is written. Sections are frozen and check their own values,
+so `Config(dram=Dram(budget_bytes=...))` in embedded mode obeys the same bounds as a file does.
+What several keys must fulfil together lies in `rules`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import msgspec
+from msgspec import Meta
+
+from tierstore.config.values import check_value, value_type
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+GRPC_MESSAGE_BYTES_MAX = 2**31 - 1
+
+ByteSize = Annotated[int, Meta(extra={"unit": "bytes"})]
+Seconds = Annotated[float, Meta(extra={"unit": "seconds"})]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One table of the TOML file."""
+
+    section: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            check_value(f"{self.section}.{name}", value_type(type(self), name), getattr(self, name))
+
+
+class Dram(Section, frozen=True):
+    section: ClassVar[str] = "dram"
+    budget_bytes: Annotated[
+        ByteSize, Meta(ge=0, description="DRAM for cached records, their index included; 0 caches nothing")
+    ] = GIB
+
+
+class Nvme(Section, frozen=True):
+    section: ClassVar[str] = "nvme"
+    read_threads: Annotated[
+        int, Meta(ge=1, le=1024, description="threads that read pages; as many reads are in flight at once")
+    ] = 32
+    direct: Annotated[
+        Literal["auto", "on", "off"],
+        Meta(description="O_DIRECT page reads: on, off, or auto (on where the file system allows it)"),
+    ] = "auto"
+    coalesce_gap_pages: Annotated[
+        int, Meta(ge=0, description="unwanted pages that one read may span to join two wanted ones")
+    ] = 3
+    run_pages_max: Annotated[
+        int, Meta(ge=1, le=4096, description="longest single read, in 4096-byte pages")
+    ] = 32
+    staging_bytes: Annotated[
+        ByteSize, Meta(ge=4 * KIB, description="page buffers of all reads in flight, for the whole store")
+    ] = 64 * MIB
+
+
+class Limits(Section, frozen=True):
+    section: ClassVar[str] = "limits"
+    request_ids_max: Annotated[int, Meta(ge=1, description="keys or row ids that one request may hold")] = (
+        2**20
+    )
+    request_reply_bytes_max: Annotated[
+        ByteSize, Meta(ge=64 * KIB, le=GRPC_MESSAGE_BYTES_MAX, description="bytes of rows in one RPC's reply")
+    ] = 8 * MIB
+    lookup_bytes_max: Annotated[
+        ByteSize, Meta(ge=64 * KIB, description="bytes of rows of one local look-up")
+    ] = 4 * GIB
+    prefetch_queue_max: Annotated[
+        int, Meta(ge=1, description="prefetch requests that wait; further hints are dropped")
+    ] = 64
+
+
+class Prefetch(Section, frozen=True):
+    section: ClassVar[str] = "prefetch"
+    workers: Annotated[int, Meta(ge=0, le=1024, description="threads that warm rows; 0 drops every hint")] = 2
+
+
+class Serve(Section, frozen=True):
+    section: ClassVar[str] = "serve"
+    unix: Annotated[str, Meta(description="path of the unix socket to serve on; empty for none")] = ""
+    tcp: Annotated[str, Meta(description="host:port to serve on, port 0 for any; empty for none")] = ""
+    allow_remote: Annotated[
+        bool, Meta(description="allow serve.tcp to name an address that other machines can reach")
+    ] = False
+    workers: Annotated[int, Meta(ge=1, le=1024, description="threads that serve look-ups with misses")] = 4
+    concurrent_requests_max: Annotated[
+        int, Meta(ge=1, description="requests in work at once; more are refused as overloaded")
+    ] = 64
+    drain_timeout_s: Annotated[
+        Seconds, Meta(ge=0, le=3600, description="time that running requests get to finish at shutdown")
+    ] = 10.0
+
+
+class Log(Section, frozen=True):
+    section: ClassVar[str] = "log"
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="least severe message that is written")
+    ] = "info"
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The whole configuration; `Config()` holds the defaults."""
+
+    dram: Dram = msgspec.field(default_factory=Dram)
+    nvme: Nvme = msgspec.field(default_factory=Nvme)
+    limits: Limits = msgspec.field(default_factory=Limits)
+    prefetch: Prefetch = msgspec.field(default_factory=Prefetch)
+    serve: Serve = msgspec.field(default_factory=Serve)
+    log: Log = msgspec.field(default_factory=Log)
+
+
+SECTIONS: dict[str, type[Section]] = {cls.section: cls for cls in (Dram, Nvme, Limits, Prefetch, Serve, Log)}
+
+KEYS: dict[str, type[Section]] = {
+    f"{name}.{field}": cls for name, cls in SECTIONS.items() for field in cls.__struct_fields__
+}
