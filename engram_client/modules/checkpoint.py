@@ -1,0 +1,117 @@
+"""From a checkpoint's tensors to a module's: names checked, shapes checked, FP8 made whole.
+
+A module here holds everything of its layer but the table, which the service has. The table's
+tensors may still lie in the state dict under their published names: they are checked for the
+shape they must have and then passed over, by name. Any other surplus or missing name is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engram_client.dequantize import e8m0_to_float32
+from engram_client.errors import FormatError
+
+StateDict = Mapping[str, Tensor]
+
+
+class TableBeside(nn.Module):
+    """Base of modules whose table is served: `load_state_dict` passes the table's tensors over.
+
+    `table_names` are prefixes of those names inside the module; `embedding_dim` counts the numbers
+    of all heads of one token, which the width of a table must divide.
+    """
+
+    table_names: tuple[str, ...] = ()
+    embedding_dim: int
+
+    def prepare_state(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Rewrite tensors of the checkpoint, in this copy of the dict, into the module's own."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self.prepare_state(state_dict, prefix)
+        arguments = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        for key in [k for k in unexpected_keys if k.startswith(tuple(prefix + n for n in self.table_names))]:
+            unexpected_keys.remove(key)
+            error_msgs.extend(self._table_errors(key, state_dict[key]))
+
+    def _table_errors(self, key: str, table: Tensor) -> list[str]:
+        width = table.shape[1] if table.ndim == 2 else 0
+        if not key.endswith("weight") or (width and self.embedding_dim % width == 0):
+            return []
+        need = f"[rows, dim] with dim a divisor of embedding_dim = {self.embedding_dim}"
+        return [f"table tensor {key} must be {need}, got {list(table.shape)}"]
+
+
+def under_prefix(state_dict: StateDict, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix`, without it. FormatError where there are none."""
+    found = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+    if not found:
+        some = ", ".join(list(state_dict)[:3]) or "nothing"
+        raise FormatError(
+            f"state dict: no tensor is named {prefix!r}...; it holds {some}, ...; check prefix="
+        )
+    return found
+
+
+def tensor_of(state_dict: StateDict, name: str, ndim: int) -> Tensor:
+    """One tensor, with its number of dimensions checked."""
+    if name not in state_dict:
+        some = ", ".join(sorted(state_dict)[:8])
+        raise FormatError(f"state dict: tensor {name!r} is missing; it holds {some}; check prefix=")
+    tensor = state_dict[name]
+    if tensor.ndim != ndim:
+        raise FormatError(f"state dict: {name} must have {ndim} dimensions, got shape {list(tensor.shape)}")
+    return tensor
+
+
+def load_strictly(module: nn.Module, state_dict: StateDict) -> None:
+    """`load_state_dict` with every disagreement raised as one FormatError."""
+    try:
+        module.load_state_dict(dict(state_dict), strict=True)
+    except RuntimeError as error:
+        raise FormatError(f"state dict does not fit: {error}") from error
+
+
+def parameter_dtype(weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """`dtype`, or what the checkpoint has; a weight of one byte becomes bfloat16."""
+    if dtype is not None:
+        return dtype
+    return torch.bfloat16 if weight.element_size() == 1 else weight.dtype
+
+
+def unscale(weight: Tensor, scale: Tensor) -> Tensor:
+    """A block-scaled matrix to float32: weight [R, C], scale [r, c], blocks of R/r x C/c (rounded up).
+
+    Scales are E8M0 (its torch dtype, or uint8 codes) or floating. An edge block may be cut short,
+    as 128 x 128 blocks are where they do not divide the matrix.
+    """
+    if scale.ndim != 2 or weight.ndim != 2:
+        raise FormatError(
+            f"block-scaled weight: both must be matrices, got {list(weight.shape)} and {list(scale.shape)}"
+        )
+    factors = e8m0_to_float32(scale.view(torch.uint8)) if scale.element_size() == 1 else scale.float()
+    for dim in (0, 1):
+        size, blocks = weight.shape[dim], scale.shape[dim]
+        width = -(-size // max(blocks, 1))
+        if blocks == 0 or -(-size // width) != blocks:
+            raise FormatError(
+                f"block-scaled weight: scales {list(scale.shape)} do not cut weights {list(weight.shape)} "
+                f"into equal blocks along dimension {dim}"
+            )
+        factors = factors.repeat_interleave(width, dim=dim).narrow(dim, 0, size)
+    return weight.float() * factors
