@@ -7,8 +7,8 @@ from pathlib import Path
 
 from engram_client.errors import BadRequest, FormatError, VocabularyMismatch
 from engram_client.hashing.schemes import engram_schemes
-from engram_client.hashing.tokenizer import CompressedTokenizer
 from engram_client.spec import HashScheme
+from engram_client.tokenizer import CompressedTokenizer
 
 HEADS_MAX = 1024  # bounds the prime search a configuration can ask for
 NGRAM_MAX = 64

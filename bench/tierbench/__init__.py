@@ -1,0 +1,1 @@
+"""`tierbench`: makes checkpoints and measures tierstore beside its yardsticks."""
