@@ -48,6 +48,14 @@ def installed_tokenizer() -> Path | None:
     return None
 
 
+def planned_bytes(
+    model: str, rows_per_head: int, layers: tuple[int, ...] | None = None, hidden_size: int = 512
+) -> int:
+    """How many bytes of tensors `make_checkpoint` would write."""
+    plan = plan_checkpoint(model, Size(rows_per_head, layers, hidden_size))
+    return sum(t.bytes for t in plan.tensors.values())
+
+
 def make_checkpoint(
     model: str,
     rows_per_head: int,

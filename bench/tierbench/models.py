@@ -144,7 +144,9 @@ def _qwen_ple(size: Size) -> Plan:
     shard_rows = -(-scheme.rows // shards)
     prefix = f"model.language_model.layers.{layers[0]}.ple.ple_embedding."
     tables = [
-        PlannedTensor(f"{prefix}ngram_embedding.shard_{i}.weight", "F8_E4M3", (shard_rows, dim), Random("e4m3"))
+        PlannedTensor(
+            f"{prefix}ngram_embedding.shard_{i}.weight", "F8_E4M3", (shard_rows, dim), Random("e4m3")
+        )
         for i in range(shards)
     ]
     per_file = -(-shards // file_count)

@@ -1,0 +1,7 @@
+"""`python -m tierbench`."""
+
+import sys
+
+from tierbench.cli import main
+
+sys.exit(main())
