@@ -63,7 +63,8 @@ def load_config(
         section, name = setting.key.split(".")
         values[section][name] = setting.value
         origins[setting.key] = setting.origin
-    config = Config(**{section: cls(**values[section]) for section, cls in SECTIONS.items()})  # type: ignore[arg-type]
+    sections: dict[str, Any] = {name: section(**values[name]) for name, section in SECTIONS.items()}
+    config = Config(**sections)
     check_config(config, memory or memory_limit(), origins)
     return LoadedConfig(config, origins)
 
