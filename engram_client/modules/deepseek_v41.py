@@ -91,7 +91,7 @@ class DeepseekV41Engram(TableBeside):
             -1, (self.hc_mult + 1, self.hidden_size)
         )
         keys, value = projected[..., :-1, :], projected[..., -1:, :]
-        gate = context_gate(hidden_states, keys, self.q_weight * self.k_weight, self.eps)
+        gate = context_gate(hidden_states, keys, self.q_weight, self.k_weight, self.eps)
         if dead is not None:
             gate = gate.masked_fill(_checked_dead(dead, hidden_states).unsqueeze(-1), 0.0)
         return (hidden_states + gate.unsqueeze(-1) * value).to(hidden_states.dtype)

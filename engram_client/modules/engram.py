@@ -28,7 +28,7 @@ from engram_client.modules.checkpoint import (
     tensor_of,
     under_prefix,
 )
-from engram_client.modules.norms import NormWeight, context_gate, rms_norm
+from engram_client.modules.norms import NormWeight, context_gate, rms_norm, stacked_weights
 from engram_client.modules.resident import MultiHeadEmbedding
 from engram_client.modules.shapes import check_streams, flat_embeddings
 from engram_client.modules.short_conv import ConvState, causal_conv
@@ -37,7 +37,7 @@ CONV_NORM_EPS = 1e-5
 
 
 class ShortConv(nn.Module):
-    """SiLU(conv(RMSNorm(v))), each stream normalized by itself; the conv starts at zero (the paper's recipe)."""
+    """SiLU(conv(RMSNorm(v))), a norm for each stream; the conv starts at zero, the paper's recipe."""
 
     def __init__(self, hidden_size: int, hc_mult: int, kernel_size: int, dilation: int) -> None:
         super().__init__()
@@ -49,8 +49,7 @@ class ShortConv(nn.Module):
 
     def forward(self, values: Tensor, state: ConvState | None) -> Tensor:
         """values [B,T,hc_mult,D] -> the same shape."""
-        weight = torch.stack([norm.weight for norm in self.norms])
-        normed = rms_norm(values, weight, CONV_NORM_EPS).flatten(2)
+        normed = rms_norm(values, stacked_weights(self.norms), CONV_NORM_EPS).flatten(2)
         mixed = causal_conv(normed, self.conv.weight, dilation=self.dilation, state=state)
         return F.silu(mixed).reshape(values.shape)
 
@@ -136,9 +135,8 @@ class Engram(TableBeside):
         check_streams(hidden_states, self.hc_mult, self.hidden_size)
         flat = flat_embeddings(embeddings, hidden_states, self.embedding_dim).to(self.value_proj.weight.dtype)
         keys = torch.stack([project(flat) for project in self.key_projs], dim=-2)
-        pairs = zip(self.norm1, self.norm2, strict=True)
-        weight = torch.stack([key.weight * query.weight for key, query in pairs])
-        gate = context_gate(hidden_states, keys, weight, self.eps)
+        key_weight, query_weight = stacked_weights(self.norm1), stacked_weights(self.norm2)
+        gate = context_gate(hidden_states, keys, query_weight, key_weight, self.eps)
         values = gate.unsqueeze(-1) * self.value_proj(flat).unsqueeze(-2)
         return (values + self.short_conv(values, state)).to(hidden_states.dtype)
 

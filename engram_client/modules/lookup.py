@@ -96,7 +96,7 @@ class PendingRows:
         self.table, self.handle, self.dead = table, handle, dead
 
     def wait(self, *, timeout: float | None = None, device: torch.device | None = None) -> Tensor:
-        """Embeddings [B,T,H,dim] on `device` (None: where the rows are). The bytes travel, not the numbers."""
+        """Embeddings [B,T,H,dim] on `device` (None: where the rows are); what travels is bytes."""
         rows = self.handle.wait(timeout=timeout)
         if device is not None and device.type != "cpu":
             rows = torch.as_tensor(rows).to(device)
@@ -142,7 +142,7 @@ class EngramLayer(nn.Module):
     def forward(
         self, hidden_states: Tensor, pending: Pending, *, timeout: float | None = None, **options: Any
     ) -> Tensor:
-        """Wait for the rows (seconds at most: `timeout`) and run the module; `options` are its own (state=)."""
+        """Wait for the rows, at most `timeout` seconds, and run the module; `options` are its own."""
         embeddings = pending.wait(timeout=timeout, device=hidden_states.device)
         if pending.dead is not None:
             options["dead"] = torch.as_tensor(pending.dead)

@@ -6,6 +6,8 @@ the model: a gate is the square root of a small dot product, and bfloat16 has to
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -32,15 +34,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
     return wide * inverse_rms(wide, eps) * weight
 
 
-def context_gate(x: Tensor, keys: Tensor, weight: Tensor, eps: float | None) -> Tensor:
+def context_gate(
+    x: Tensor, keys: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float | None
+) -> Tensor:
     """How much of the memory each stream lets in: a number in (0, 1) a stream.
 
     g = RMSNorm(key) . RMSNorm(x) / sqrt(D); gate = sigmoid(sign(g) * sqrt(max(|g|, 1e-6))).
-    x and keys [..., streams, D]; `weight` [streams, D] is the product of both norms' weights, which
-    the dot product cannot tell apart. Returns [..., streams].
+    x and keys [..., streams, D], weights of both norms [streams, D]. Returns [..., streams].
     """
-    dtype = compute_dtype(x, keys, weight)
+    dtype = compute_dtype(x, keys, query_weight, key_weight)
     x, keys = x.to(dtype), keys.to(dtype)
+    weight = query_weight.to(dtype) * key_weight.to(dtype)  # a bfloat16 product would lose digits
     dot = (x * weight * keys).sum(dim=-1)
     norms = (inverse_rms(x, eps) * inverse_rms(keys, eps)).squeeze(-1)
     similarity = dot * norms * x.shape[-1] ** -0.5
@@ -53,3 +57,8 @@ class NormWeight(nn.Module):
     def __init__(self, size: int, *, initial: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full((size,), initial))
+
+
+def stacked_weights(norms: nn.ModuleList) -> Tensor:
+    """The weights of one norm a stream, [streams, D]."""
+    return torch.stack([cast(NormWeight, norm).weight for norm in norms])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from engram_client.errors import BadRequest
@@ -11,8 +13,8 @@ def check_streams(hidden_states: Tensor, hc_mult: int, hidden_size: int) -> None
     """hidden_states must be floating [..., hc_mult, hidden_size]."""
     if not hidden_states.is_floating_point() or hidden_states.shape[-2:] != (hc_mult, hidden_size):
         raise BadRequest(
-            f"hidden_states must be floating and [..., hc_mult, hidden_size] = [..., {hc_mult}, {hidden_size}],"
-            f" got {hidden_states.dtype} {list(hidden_states.shape)}"
+            f"hidden_states must be floating, [..., hc_mult, hidden_size] = [..., {hc_mult}, {hidden_size}], "
+            f"got {hidden_states.dtype} {list(hidden_states.shape)}"
         )
 
 
@@ -27,9 +29,12 @@ def flat_embeddings(embeddings: Tensor, hidden_states: Tensor, embedding_dim: in
     if embeddings.shape == (*positions, embedding_dim):
         return embeddings
     heads = embeddings.shape[len(positions) :]
-    if embeddings.shape[: len(positions)] == positions and len(heads) == 2:
-        if heads[0] * heads[1] == embedding_dim:
-            return embeddings.flatten(-2)
+    if (
+        embeddings.shape[: len(positions)] == positions
+        and len(heads) == 2
+        and math.prod(heads) == embedding_dim
+    ):
+        return embeddings.flatten(-2)
     raise BadRequest(
         f"embeddings must be {list(positions)} + [heads, dim] or [heads * dim] with heads * dim = "
         f"{embedding_dim}, got {list(embeddings.shape)}"
