@@ -108,7 +108,7 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile `function` without the GIL at its first call; keep the machine code on disk."""
-    dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
+    dispatcher: Any = numba.njit(nogil=True, error_model="numpy")(function)
     if cache_folder():
         dispatcher._cache = _KernelCache(dispatcher.py_func)
     return dispatcher

@@ -221,6 +221,6 @@ def _check_vocabulary(schemes: Sequence[HashScheme], fold: Int64Array) -> None:
         if scheme.vocab_size != size or trained not in (None, digest):
             raise VocabularyMismatch(
                 f"layer {scheme.layer_id} was trained with a compressed vocabulary "
-                f"of {scheme.vocab_size} ids, digest {trained or 'unknown'}; the one given has {size} ids, digest {digest}; "
-                "use the tokenizer.json of the table's model"
+                f"of {scheme.vocab_size} ids, digest {trained or 'unknown'}; the one given has {size} ids, "
+                f"digest {digest}; use the tokenizer.json of the table's model"
             )

@@ -83,8 +83,8 @@ def _determining_heads(scheme: HashScheme, order: int) -> list[int]:
     if product <= KEY_BOUND:
         raise BadRequest(
             f"layer {scheme.layer_id}, order {order + 2}: the sizes of {scheme.heads} heads "
-            f"multiply to {product}, which does not determine 63-bit n-gram keys; look the rows up with lookup(row_ids), or pack "
-            "the table with row addressing"
+            f"multiply to {product}, which does not determine 63-bit n-gram keys; look the rows up "
+            "with lookup(row_ids), or pack the table with row addressing"
         )
     return heads
 
@@ -99,7 +99,7 @@ def _refuse(scheme: HashScheme, record: list[int], place: list[int], order: int)
                 f"row_ids{[*place, first + head]} is {row}; the table's hashed rows are "
                 f"0..{scheme.rows - 1}, or -1 for no row"
             )
-    where = f"row_ids{place} are not one n-gram's: order {order + 2}, "
+    where = f"row_ids{place or ''} are not one n-gram's: order {order + 2}, "
     remedy = "; look rows of no n-gram up with lookup(row_ids)"
     if -1 in record:
         raise ForeignIds(f"{where}head {record.index(-1)} is -1 where other heads hold rows{remedy}")

@@ -1,0 +1,140 @@
+"""Raw memory operations for kernels: acquire, release, fences, prefetch and copies by address.
+
+Addresses are plain int64, so a kernel has one specialisation whether its arrays are writable or
+not; whoever calls it keeps the memory alive. LLVM lowers each operation to what the processor
+needs (nothing more than a plain load or store on x86-64; ldar, stlr and dmb on arm64).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic as _numba_intrinsic
+
+intrinsic: Any = _numba_intrinsic  # what it returns is called by kernels, with their arguments
+_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+
+
+def _pointer(builder: ir.IRBuilder, address: ir.Value, pointee: ir.Type) -> ir.Value:
+    return builder.inttoptr(address, pointee.as_pointer())
+
+
+@intrinsic
+def load_acquire(typingctx: Any, address: Any) -> Any:
+    """int64 at an 8-byte aligned address; nothing later is read before it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(_pointer(builder, args[0], _I64), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def load_relaxed(typingctx: Any, address: Any) -> Any:
+    """int64 at an 8-byte aligned address, whole, in no particular order."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(_pointer(builder, args[0], _I64), "monotonic", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def store_release(typingctx: Any, address: Any, value: Any) -> Any:
+    """Write an int64; nothing earlier is written after it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store_atomic(args[1], _pointer(builder, args[0], _I64), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def fence_acquire(typingctx: Any) -> Any:
+    """Nothing after this is read before what was read before it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("acquire")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def fence_release(typingctx: Any) -> Any:
+    """Nothing after this is written before what was written before it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("release")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def prefetch_line(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at an address; any address is safe."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        signature_ = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, signature_, "llvm.prefetch.p0")
+        read, keep, data = _I32(0), _I32(3), _I32(1)
+        builder.call(function, [_pointer(builder, args[0], _I8), read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def copy_bytes(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
+    """memcpy: `count` bytes from `source` to `target`, which do not overlap."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        target_, source_ = (_pointer(builder, a, _I8) for a in args[:2])
+        cgutils.raw_memcpy(builder, target_, source_, args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def zero_bytes(typingctx: Any, target: Any, count: Any) -> Any:
+    """memset to zero."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        cgutils.memset(builder, _pointer(builder, args[0], _I8), args[1], 0)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+def _load(bits: int, result: Any) -> Any:
+    @intrinsic
+    def load(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            narrow = builder.load(_pointer(builder, args[0], ir.IntType(bits)), align=bits // 8)
+            return builder.zext(narrow, _I64) if bits < 64 else narrow
+
+        return result(types.int64), codegen
+
+    return load
+
+
+def _store(bits: int) -> Any:
+    @intrinsic
+    def store(typingctx: Any, address: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            narrow = builder.trunc(args[1], ir.IntType(bits)) if bits < 64 else args[1]
+            builder.store(narrow, _pointer(builder, args[0], ir.IntType(bits)), align=bits // 8)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), codegen
+
+    return store
+
+
+load_byte, load_half, load_word = _load(8, types.int64), _load(16, types.int64), _load(64, types.int64)
+store_byte, store_half, store_word = _store(8), _store(16), _store(64)

@@ -1,0 +1,70 @@
+"""The arena: a set-associative cache of records that is read without a lock.
+
+A record is found by its 63-bit key and its owner (which table and which order). Their hash picks
+one set of 16 ways. The *index* has one 64-byte line, one cache line, for each set; the *slots* hold
+the records, way after way, set after set.
+
+    index line     0..31  uint16 tags[16]    part of the hash; 0 = empty way
+                  32..47  uint8  visited[16] 1 once read since the clock hand last passed
+                  48..55  int64  sequence    odd while a writer is inside the set
+                  56      uint8  hand        the way the clock looks at next
+                  57..63  unused
+    slot           0..7   int64  key
+                   8..15  int64  owner       table number << 8 | order
+                  16..    uint8  record      then padding to a multiple of 16
+
+A reader notes the sequence, matches tags, compares key and owner in full, copies, and accepts the
+copy only if the sequence is still the same and even; after a few tries it calls the record a miss.
+So a reader never waits for a writer and a writer never waits for a reader. Writers exclude each
+other by a lock outside the arena. `visited` and `hand` steer replacement alone: a lost update there
+costs a worse victim, never a wrong row.
+
+Not promised: that a record stays. Any record may be gone at the next look.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WAYS = 16
+LINE_BYTES = 64
+TAGS_AT, VISITED_AT, SEQUENCE_AT, HAND_AT = 0, 32, 48, 56
+KEY_AT, OWNER_AT, RECORD_AT = 0, 8, 16
+SLOT_ALIGNMENT_BYTES = 16
+
+ORDER_BITS = 8  # of an owner
+
+
+def slot_bytes_for(record_bytes: int) -> int:
+    """Bytes one cached record takes in the slots."""
+    return -(-(RECORD_AT + record_bytes) // SLOT_ALIGNMENT_BYTES) * SLOT_ALIGNMENT_BYTES
+
+
+@dataclass(frozen=True)
+class ArenaGeometry:
+    """How many sets of which slots; enough to find every byte of an arena."""
+
+    sets: int
+    record_bytes: int
+
+    @classmethod
+    def within(cls, budget_bytes: int, record_bytes: int) -> ArenaGeometry:
+        """The largest arena whose index and slots together fit the budget (at least one set)."""
+        set_bytes = LINE_BYTES + WAYS * slot_bytes_for(record_bytes)
+        return cls(max(1, budget_bytes // set_bytes), record_bytes)
+
+    @property
+    def slot_bytes(self) -> int:
+        return slot_bytes_for(self.record_bytes)
+
+    @property
+    def capacity_records(self) -> int:
+        return self.sets * WAYS
+
+    @property
+    def index_bytes(self) -> int:
+        return self.sets * LINE_BYTES
+
+    @property
+    def total_bytes(self) -> int:
+        return self.index_bytes + self.capacity_records * self.slot_bytes

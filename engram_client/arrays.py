@@ -1,0 +1,60 @@
+"""numpy and torch at the edge of the client: what comes in decides what goes out.
+
+torch is only touched once the caller has handed over a tensor, so the client runs without it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engram_client.errors import BadRequest
+
+if TYPE_CHECKING:
+    import torch
+
+    Array = np.ndarray | torch.Tensor
+
+
+def is_tensor(values: Any) -> bool:
+    """Whether `values` is a torch tensor, found out without importing torch."""
+    return type(values).__module__.partition(".")[0] == "torch"
+
+
+def to_host(values: Any) -> Any:
+    """A tensor as a numpy array in host memory; anything else as it is."""
+    return values.detach().cpu().numpy() if is_tensor(values) else values
+
+
+def like(rows: np.ndarray, ids: Any) -> Array:
+    """`rows` as the kind of array, and on the device, that `ids` is."""
+    if not is_tensor(ids):
+        return rows
+    import torch
+
+    return torch.from_numpy(rows).to(ids.device)
+
+
+def writable_host_view(out: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+    """A caller's buffer as a numpy array to be filled; None where it is a tensor on a device.
+
+    Raises BadRequest where it is not uint8, not C-contiguous, read-only or of another shape.
+    """
+    if is_tensor(out):
+        given, dtype, contiguous = tuple(out.shape), str(out.dtype), bool(out.is_contiguous())
+        _check_buffer(given, shape, dtype.removeprefix("torch."), contiguous)
+        host: np.ndarray | None = out.detach().numpy() if out.device.type == "cpu" else None
+        return host
+    if not isinstance(out, np.ndarray):
+        raise BadRequest(f"out must be a numpy array or a torch tensor, got {type(out).__name__}")
+    _check_buffer(out.shape, shape, str(out.dtype), out.flags.c_contiguous and out.flags.writeable)
+    return out
+
+
+def _check_buffer(given: tuple[int, ...], shape: tuple[int, ...], dtype: str, contiguous: bool) -> None:
+    if given != shape or dtype != "uint8" or not contiguous:
+        raise BadRequest(
+            f"out must be writable C-contiguous uint8 of shape {list(shape)}, got {dtype} of shape {list(given)}"
+            + ("" if contiguous else ", not contiguous or read-only")
+        )

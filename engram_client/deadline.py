@@ -1,0 +1,38 @@
+"""A moment by which an answer is wanted, passed down instead of a timeout so that waits add up."""
+
+from __future__ import annotations
+
+import time
+
+from engram_client.errors import BadRequest, DeadlineExceeded
+
+
+class Deadline:
+    """`Deadline.after(0.5)`: half a second from now; `Deadline.after(None)`: never."""
+
+    def __init__(self, at: float | None, timeout_s: float | None) -> None:
+        self._at = at
+        self._timeout_s = timeout_s
+
+    @classmethod
+    def after(cls, timeout_s: float | None) -> Deadline:
+        if timeout_s is None:
+            return cls(None, None)
+        if not timeout_s >= 0:
+            raise BadRequest(f"timeout must be >= 0 seconds or None, got {timeout_s!r}")
+        return cls(time.monotonic() + timeout_s, timeout_s)
+
+    def remaining_s(self) -> float | None:
+        """Seconds left, never negative; None without a limit."""
+        return None if self._at is None else max(0.0, self._at - time.monotonic())
+
+    def check(self, doing: str) -> None:
+        """Raise DeadlineExceeded once the moment has passed."""
+        if self._at is not None and time.monotonic() >= self._at:
+            raise self.exceeded(doing)
+
+    def exceeded(self, doing: str) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"rows were not there after {self._timeout_s:g} s, while {doing}; "
+            "allow more time, prefetch earlier, or raise the DRAM budget"
+        )

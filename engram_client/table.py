@@ -1,0 +1,204 @@
+"""One table as its users see it: look-ups, prefetches, dequantization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from engram_client.arrays import is_tensor, like, to_host, writable_host_view
+from engram_client.errors import BadRequest
+from engram_client.hashing import NgramHashMapping, inputs, recover_keys, row_ids_from_keys
+from engram_client.ids import check_keys, check_row_ids
+from engram_client.prefetch import Handle, Prefetcher
+from engram_client.spec import HashScheme, TableSpec
+from engram_client.transport.base import LookupRequest, Transport
+
+if TYPE_CHECKING:
+    import torch
+
+    from engram_client.arrays import Array
+
+DEFAULT_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class _Query:
+    """A checked request, and the shape its rows are given back in."""
+
+    request: LookupRequest
+    shape: tuple[int, ...]  # of the rows, uint8
+
+    @property
+    def flat(self) -> tuple[int, int]:
+        """The same bytes as the transport fills them: entries by bytes of one."""
+        entries = self.request.ids.shape[0]
+        return entries, int(np.prod(self.shape, dtype=np.int64)) // max(1, entries)
+
+
+class Table:
+    """A table of a connected service; made by `Client.table`. Thread safe.
+
+    Ids and keys are int64 or int32, numpy arrays or torch tensors; rows come back as the same kind.
+    -1 means "no row here" and is answered with zeros; any other negative number is an error.
+    `heads=slice(a, b)` copies only those heads of each order. `timeout` is in seconds, None for no
+    limit. Every call may raise BadRequest or one of its kinds, GenerationMismatch once the
+    table has been packed anew, DeadlineExceeded, Unavailable, StorageError or DataCorrupt.
+    """
+
+    def __init__(self, spec: TableSpec, transport: Transport, prefetcher: Prefetcher) -> None:
+        self.spec = spec
+        self._transport = transport
+        self._prefetcher = prefetcher
+
+    def __repr__(self) -> str:
+        return f"Table({self.spec.name!r}, generation={self.spec.generation!r})"
+
+    def mapping(self, compressed_map: Any = None) -> NgramHashMapping:
+        """The hashing this table was made with. "engram" tables need the compressed vocabulary.
+
+        Raises VocabularyMismatch where `compressed_map` is not the table's.
+        """
+        return NgramHashMapping.from_scheme(self._scheme(), compressed_map)
+
+    def lookup_ngrams(
+        self, ngram_keys: Any, *, heads: slice | None = None, timeout: float | None = DEFAULT_TIMEOUT_S
+    ) -> Array:
+        """Rows of n-gram keys [..., orders]: uint8 [..., H, row_bytes], H = orders * heads."""
+        return like(self._read(self._by_ngrams(ngram_keys, heads), timeout), ngram_keys)
+
+    def lookup_heads(
+        self, row_ids: Any, *, heads: slice | None = None, timeout: float | None = DEFAULT_TIMEOUT_S
+    ) -> Array:
+        """Rows of whole n-grams' row ids [..., H]: uint8 [..., H, row_bytes].
+
+        The key is recovered from the ids, so a record-addressed table serves whole records.
+        Raises ForeignIds where the ids of an order are not one n-gram's.
+        """
+        return like(self._read(self._by_heads(row_ids, heads), timeout), row_ids)
+
+    def lookup(self, row_ids: Any, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> Array:
+        """Rows of any row ids [...]: uint8 [..., row_bytes].
+
+        On a record-addressed table these are read from NVMe each time: single rows are not cached
+        beside the records.
+        """
+        return like(self._read(self._by_rows(row_ids), timeout), row_ids)
+
+    def lookup_ngrams_into(
+        self,
+        ngram_keys: Any,
+        out: Any,
+        *,
+        heads: slice | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        """As `lookup_ngrams`, into the caller's uint8 buffer; undefined content if it raises."""
+        self._read_into(self._by_ngrams(ngram_keys, heads), out, timeout)
+
+    def lookup_into(self, row_ids: Any, out: Any, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> None:
+        """As `lookup`, into the caller's uint8 buffer; undefined content if it raises."""
+        self._read_into(self._by_rows(row_ids), out, timeout)
+
+    def prefetch_ngrams(
+        self, ngram_keys: Any, *, heads: slice | None = None, timeout: float | None = DEFAULT_TIMEOUT_S
+    ) -> Handle:
+        """Start `lookup_ngrams`; the handle's `wait` returns its rows. Raises Overloaded."""
+        return self._start(self._by_ngrams(ngram_keys, heads), ngram_keys, timeout)
+
+    def prefetch(self, row_ids: Any, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> Handle:
+        """Start `lookup`; the handle's `wait` returns its rows. Raises Overloaded."""
+        return self._start(self._by_rows(row_ids), row_ids, timeout)
+
+    def warm_ngrams(self, ngram_keys: Any) -> bool:
+        """Have the service read these records into DRAM, soon; nothing is sent back.
+
+        For rows wanted later than the next step. False where the service dropped (part of) the hint.
+        """
+        return self._transport.prefetch(self._by_ngrams(ngram_keys, None).request)
+
+    def dequantize(self, rows: Any, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Rows uint8 [..., row_bytes] as a tensor [..., embedding_dim]; needs torch."""
+        from engram_client.dequantize import dequantize
+
+        return dequantize(self.spec.layout, rows, dtype=dtype)
+
+    def _scheme(self) -> HashScheme:
+        if self.spec.scheme is None:
+            raise BadRequest(
+                f"table {self.spec.name!r} has no hash scheme: its rows are named by row ids alone; use lookup"
+            )
+        return self.spec.scheme
+
+    def _heads(self, heads: slice | None) -> tuple[int, int] | None:
+        if heads is None:
+            return None
+        start, stop, step = heads.indices(self._scheme().heads)
+        if step != 1 or start >= stop:
+            raise BadRequest(
+                f"table {self.spec.name!r}: heads={heads} is not a non-empty range of its "
+                f"{self._scheme().heads} heads an order"
+            )
+        return start, stop
+
+    def _by_ngrams(self, ngram_keys: Any, heads: slice | None) -> _Query:
+        spec, scheme = self.spec, self._scheme()
+        keys = inputs.as_records(to_host(ngram_keys), "ngram_keys", scheme.orders, "one key per order")
+        check_keys(keys, spec.name)
+        start, stop = self._heads(heads) or (0, scheme.heads)
+        shape = (*keys.shape[:-1], scheme.orders * (stop - start), spec.row_bytes)
+        if spec.addressing == "row":
+            ids = row_ids_from_keys(scheme, keys).reshape(-1, scheme.orders, scheme.heads)
+            return self._query("row", ids[:, :, start:stop].reshape(-1), shape)
+        return self._query("ngram", keys.reshape(-1, scheme.orders), shape, (start, stop) if heads else None)
+
+    def _by_heads(self, row_ids: Any, heads: slice | None) -> _Query:
+        scheme = self._scheme()
+        if scheme.recoverable:
+            return self._by_ngrams(recover_keys(scheme, to_host(row_ids)), heads)
+        width = scheme.orders * scheme.heads
+        ids = inputs.as_records(to_host(row_ids), "row_ids", width, "all heads of all orders")
+        check_row_ids(ids, self.spec.rows, self.spec.name)
+        start, stop = self._heads(heads) or (0, scheme.heads)
+        chosen = ids.reshape(-1, scheme.orders, scheme.heads)[:, :, start:stop]
+        shape = (*ids.shape[:-1], scheme.orders * (stop - start), self.spec.row_bytes)
+        return self._query("row", np.ascontiguousarray(chosen).reshape(-1), shape)
+
+    def _by_rows(self, row_ids: Any) -> _Query:
+        ids = inputs.as_int64(to_host(row_ids), "row_ids", inputs.ID_DTYPES)
+        check_row_ids(ids, self.spec.rows, self.spec.name)
+        return self._query("row", ids.reshape(-1), (*ids.shape, self.spec.row_bytes))
+
+    def _query(
+        self,
+        address: Literal["ngram", "row"],
+        ids: np.ndarray,
+        shape: tuple[int, ...],
+        heads: tuple[int, int] | None = None,
+    ) -> _Query:
+        return _Query(LookupRequest(self.spec.name, self.spec.generation, address, ids, heads), shape)
+
+    def _read(self, query: _Query, timeout: float | None) -> np.ndarray:
+        rows = np.empty(query.shape, np.uint8)
+        self._fill(query, rows, timeout)
+        return rows
+
+    def _fill(self, query: _Query, rows: np.ndarray, timeout: float | None) -> None:
+        if query.request.ids.size:
+            self._transport.lookup(query.request, rows.reshape(query.flat), timeout)
+
+    def _read_into(self, query: _Query, out: Any, timeout: float | None) -> None:
+        host = writable_host_view(out, query.shape)
+        if host is not None:
+            self._fill(query, host, timeout)
+        else:
+            out.copy_(like(self._read(query, timeout), out))
+
+    def _start(self, query: _Query, ids: Any, timeout: float | None) -> Handle:
+        if is_tensor(ids):
+            device_of = ids.new_empty(0)  # the kind and device, without keeping the ids alive
+            return self._prefetcher.start(
+                lambda: self._read(query, timeout), lambda rows: like(rows, device_of)
+            )
+        return self._prefetcher.start(lambda: self._read(query, timeout), lambda rows: rows)

@@ -1,0 +1,209 @@
+"""Rows over gRPC: unary calls, replies near 1 MiB, several of them on the way at once.
+
+gRPC reconnects by itself, with backoff, when a daemon comes back. A call that finds nobody there
+is repeated for `RECONNECT_S` (look-ups change nothing, so repeating is safe) and then raises
+Unavailable. A channel does not survive a fork, so a child process makes its own.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import grpc
+import numpy as np
+
+from engram_client.deadline import Deadline
+from engram_client.errors import (
+    BY_CODE,
+    Cancelled,
+    DeadlineExceeded,
+    Overloaded,
+    TierstoreError,
+    Unavailable,
+)
+from engram_client.spec import TableSpec
+from engram_client.transport.base import LookupRequest
+from engram_client.wire import memory_pb2 as pb
+from engram_client.wire.convert import request_to_message, spec_from_message
+from engram_client.wire.framing import decode_rows
+
+SERVICE = "/tierstore.v1.MemoryService/"
+ERROR_KEY = "tierstore-error"
+REPLY_BYTES = 1 << 20  # a reply; larger ones are slower
+CALLS_AHEAD = 4  # calls of one look-up on the way at once
+HINT_IDS_MAX = 1 << 17  # ids in one hint: near 1 MiB of request
+RECONNECT_S = 2.0
+BACKOFF_S = (0.01, 0.25)  # first and longest pause before trying again
+CONTROL_TIMEOUT_S = 10.0
+
+OPTIONS = [
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+_STATUS_ERRORS: dict[grpc.StatusCode, type[TierstoreError]] = {
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+}
+_Reply = TypeVar("_Reply")
+
+
+class _Calls:
+    """One channel and its methods, made by and for one process."""
+
+    def __init__(self, target: str) -> None:
+        self.pid = os.getpid()
+        self.channel = grpc.insecure_channel(target, options=OPTIONS)
+
+        def method(name: str, request: Any, reply: Callable[[bytes], Any]) -> Any:
+            return self.channel.unary_unary(
+                SERVICE + name, request_serializer=request.SerializeToString, response_deserializer=reply
+            )
+
+        self.list_tables = method("ListTables", pb.ListTablesRequest, pb.ListTablesResponse.FromString)
+        self.describe = method("DescribeTable", pb.DescribeTableRequest, pb.DescribeTableResponse.FromString)
+        self.lookup = method("Lookup", pb.LookupRequest, decode_rows)
+        self.prefetch = method("Prefetch", pb.LookupRequest, pb.PrefetchResponse.FromString)
+        self.stats = method("Stats", pb.StatsRequest, pb.StatsResponse.FromString)
+
+
+class GrpcTransport:
+    """See `Transport`. `target` in gRPC's form: "unix:PATH" or "HOST:PORT"."""
+
+    def __init__(self, target: str) -> None:
+        self._target = target
+        self._closed = False
+        self._made = _Calls(target)
+
+    @property
+    def _calls(self) -> _Calls:
+        if self._closed:
+            raise Cancelled(f"the client of {self._target} is closed")
+        if self._made.pid != os.getpid():
+            self._made = _Calls(self._target)
+        return self._made
+
+    def list_tables(self) -> dict[str, TableSpec]:
+        reply = self._control(lambda calls: calls.list_tables, pb.ListTablesRequest())
+        return {t.name: spec_from_message(t) for t in reply.tables}
+
+    def describe_table(self, name: str) -> TableSpec:
+        reply = self._control(lambda calls: calls.describe, pb.DescribeTableRequest(table=name))
+        return spec_from_message(reply.table)
+
+    def stats(self) -> dict[str, int]:
+        return dict(self._control(lambda calls: calls.stats, pb.StatsRequest()).counters)
+
+    def prefetch(self, request: LookupRequest) -> bool:
+        per_entry = max(1, request.ids.size // max(1, request.ids.shape[0]))
+        accepted = True
+        for part in _split(request, max(1, HINT_IDS_MAX // per_entry)):
+            message = request_to_message(part)
+            accepted &= self._control(lambda calls: calls.prefetch, message).accepted
+        return accepted
+
+    def lookup(self, request: LookupRequest, out: np.ndarray, timeout_s: float | None) -> None:
+        entries = request.ids.shape[0]
+        if not entries:
+            return
+        deadline = Deadline.after(timeout_s)
+        flat = out.reshape(entries, -1)
+        per_call = max(1, REPLY_BYTES // max(1, flat.shape[1]))
+        waiting: deque[tuple[pb.LookupRequest, np.ndarray, Any]] = deque()
+        try:
+            for start, part in enumerate(_split(request, per_call)):
+                if len(waiting) == CALLS_AHEAD:
+                    self._finish(*waiting.popleft(), deadline)
+                message, rows = request_to_message(part), flat[start * per_call :][: part.ids.shape[0]]
+                waiting.append((message, rows, self._start(message, deadline)))
+            while waiting:
+                self._finish(*waiting.popleft(), deadline)
+        finally:
+            for _, _, call in waiting:
+                call.cancel()
+
+    def _start(self, message: pb.LookupRequest, deadline: Deadline) -> Any:
+        return self._calls.lookup.future(message, timeout=deadline.remaining_s())
+
+    def _finish(self, message: pb.LookupRequest, rows: np.ndarray, call: Any, deadline: Deadline) -> None:
+        first = [call]
+
+        def attempt() -> memoryview:
+            again = first.pop() if first else self._start(message, deadline)
+            reply: memoryview = again.result()
+            return reply
+
+        reply = self._repeat_while_unavailable(attempt, deadline)
+        if reply.nbytes != rows.nbytes:
+            raise TierstoreError(
+                f"{self._target} answered {reply.nbytes} bytes for table {message.table!r}, expected "
+                f"{rows.nbytes}: client and daemon disagree about the wire contract; use one version for both"
+            )
+        rows.reshape(-1)[:] = np.frombuffer(reply, np.uint8)
+
+    def _control(self, method: Callable[[_Calls], Callable[..., _Reply]], message: Any) -> _Reply:
+        deadline = Deadline.after(CONTROL_TIMEOUT_S)
+        return self._repeat_while_unavailable(
+            lambda: method(self._calls)(message, timeout=deadline.remaining_s()), deadline
+        )
+
+    def _repeat_while_unavailable(self, attempt: Callable[[], _Reply], deadline: Deadline) -> _Reply:
+        give_up = time.monotonic() + RECONNECT_S
+        pause_s, pause_max_s = BACKOFF_S
+        while True:
+            try:
+                return attempt()
+            except grpc.FutureCancelledError:
+                raise Cancelled(f"the call to {self._target} was cancelled") from None
+            except grpc.RpcError as error:
+                failure = _to_error(self._target, error)
+            left_s = deadline.remaining_s()
+            too_late = time.monotonic() + pause_s > give_up or (left_s is not None and left_s <= pause_s)
+            if not isinstance(failure, Unavailable) or too_late:
+                raise failure
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, pause_max_s)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            if self._made.pid == os.getpid():
+                self._made.channel.close()
+
+
+def _split(request: LookupRequest, entries_max: int) -> list[LookupRequest]:
+    parts = range(0, request.ids.shape[0], entries_max)
+    return [
+        LookupRequest(
+            request.table,
+            request.generation,
+            request.address,
+            request.ids[i : i + entries_max],
+            request.heads,
+        )
+        for i in parts
+    ]
+
+
+def _to_error(target: str, error: grpc.RpcError) -> TierstoreError:
+    """The class the daemon raised, or what the status code means."""
+    code, details = error.code(), error.details() or ""
+    for key, value in error.trailing_metadata() or ():
+        if key == ERROR_KEY and value in BY_CODE:
+            return BY_CODE[value](details)
+    if code == grpc.StatusCode.UNAVAILABLE:
+        return Unavailable(
+            f"no daemon answers at {target} ({details}); is it running? start one with `tierstore serve`"
+        )
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(f"{target} did not answer in time; allow more time, or prefetch earlier")
+    return _STATUS_ERRORS.get(code, TierstoreError)(f"{target}: {code.name}: {details}")

@@ -1,0 +1,45 @@
+"""The store in this very process. The service is found by name, so the client does not need it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+from engram_client.errors import Unavailable
+from engram_client.spec import TableSpec
+from engram_client.transport.base import LookupRequest
+
+
+class LocalTransport:
+    """See `Transport`."""
+
+    def __init__(self, directory: str) -> None:
+        try:
+            store_package: Any = importlib.import_module("tierstore.store")
+        except ImportError as error:
+            raise Unavailable(
+                f'connect("local:{directory}") needs the service in this process, and it cannot be imported '
+                f'({error}); install tierstore, or connect to a daemon with "unix:PATH" or "tcp://HOST:PORT"'
+            ) from error
+        self._store, self._release = store_package.open_store(directory)
+
+    def list_tables(self) -> dict[str, TableSpec]:
+        return dict(self._store.tables())
+
+    def describe_table(self, name: str) -> TableSpec:
+        spec: TableSpec = self._store.table(name).spec
+        return spec
+
+    def lookup(self, request: LookupRequest, out: np.ndarray, timeout_s: float | None) -> None:
+        self._store.lookup(request, out, timeout_s)
+
+    def prefetch(self, request: LookupRequest) -> bool:
+        return bool(self._store.prefetch(request))
+
+    def stats(self) -> dict[str, int]:
+        return dict(self._store.stats())
+
+    def close(self) -> None:
+        self._release()

@@ -1,0 +1,173 @@
+"""The arena against a dictionary, and under a writer that never rests."""
+
+import mmap
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from engram_client.arena.layout import LINE_BYTES, SEQUENCE_AT, WAYS, ArenaGeometry
+from tierstore.tiers.counters import Counters
+from tierstore.tiers.dram import Arena
+
+RECORD_BYTES = 88
+OWNER = 1 << 8
+
+
+def make_arena(records: int) -> Arena:
+    budget = ArenaGeometry(-(-records // WAYS), RECORD_BYTES).total_bytes
+    return Arena(budget, RECORD_BYTES, Counters())
+
+
+def content(keys: np.ndarray, version: int = 0) -> np.ndarray:
+    """Bytes that can only belong to this key: a counter-mode mix of it, repeated to the record's end."""
+    words = np.arange(RECORD_BYTES // 8, dtype=np.uint64)
+    mixed = (keys.astype(np.uint64)[:, None] + words) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(version)
+    return np.ascontiguousarray(mixed).view(np.uint8).reshape(keys.size, RECORD_BYTES)
+
+
+def admit(arena: Arena, keys: np.ndarray, owner: int = OWNER) -> None:
+    rows = content(keys)
+    arena.admit(keys, np.full(keys.size, owner), rows.ctypes.data, np.arange(keys.size))
+
+
+def read(arena: Arena, keys: np.ndarray, owner: int = OWNER, **part: Any) -> tuple[np.ndarray, set[int], int]:
+    at, length = part.get("at", 0), part.get("length", RECORD_BYTES)
+    out = np.full((keys.size, length), 0xEE, np.uint8)
+    misses, masked = arena.read(keys, owner, 1, (at, length), out.ctypes.data)
+    return out, set(misses.tolist()), masked
+
+
+def test_what_is_admitted_is_read_back():
+    arena = make_arena(4096)
+    keys = np.random.default_rng(1).integers(0, 2**63 - 1, 500)
+    admit(arena, keys)
+    rows, missing, masked = read(arena, keys)
+    assert not missing
+    assert masked == 0
+    np.testing.assert_array_equal(rows, content(keys))
+
+
+def test_largest_and_smallest_keys_are_ordinary_keys():
+    arena = make_arena(256)
+    keys = np.array([0, 1, 2**63 - 1, 2**62])
+    admit(arena, keys)
+    rows, missing, _ = read(arena, keys)
+    assert not missing
+    np.testing.assert_array_equal(rows, content(keys))
+
+
+def test_another_owner_does_not_see_the_record():
+    arena = make_arena(4096)
+    keys = np.arange(100)
+    admit(arena, keys, OWNER)
+    _, missing, _ = read(arena, keys, OWNER + 1)
+    assert missing == set(range(100))
+
+
+def test_masked_entries_are_zeros_and_counted():
+    arena = make_arena(256)
+    keys = np.array([-1, 5, -1])
+    admit(arena, np.array([5]))
+    rows, missing, masked = read(arena, keys)
+    assert masked == 2
+    assert not missing
+    assert not rows[[0, 2]].any()
+    np.testing.assert_array_equal(rows[1:2], content(np.array([5])))
+
+
+def test_a_miss_leaves_the_output_untouched():
+    rows, missing, _ = read(make_arena(256), np.array([7]))
+    assert missing == {0}
+    assert (rows == 0xEE).all()
+
+
+def test_a_part_of_each_record():
+    arena = make_arena(4096)
+    keys = np.arange(50)
+    admit(arena, keys)
+    rows, missing, _ = read(arena, keys, at=16, length=24)
+    assert not missing
+    np.testing.assert_array_equal(rows, content(keys)[:, 16:40])
+
+
+def test_full_arena_keeps_its_size_and_stays_right():
+    arena = make_arena(512)
+    keys = np.random.default_rng(2).integers(0, 2**63 - 1, 5000)
+    for chunk in np.split(keys, 50):
+        admit(arena, chunk)
+    rows, missing, _ = read(arena, keys)
+    found = np.setdiff1d(np.arange(keys.size), sorted(missing))
+    assert 0 < found.size <= arena.geometry.capacity_records
+    np.testing.assert_array_equal(rows[found], content(keys)[found])
+
+
+def test_a_record_read_again_outlives_one_that_is_not():
+    arena = make_arena(WAYS)  # one set
+    loved, stream = np.array([1]), np.arange(100, 100 + 10 * WAYS)
+    admit(arena, loved)
+    for key in stream:
+        read(arena, loved)
+        admit(arena, np.array([key]))
+    assert not read(arena, loved)[1]
+
+
+def test_sets_whose_writer_died_are_misses():
+    arena = make_arena(64)
+    keys = np.arange(40)
+    admit(arena, keys)
+    index = arena._memory[: arena.geometry.index_bytes].reshape(-1, LINE_BYTES)
+    index[:, SEQUENCE_AT] |= 1
+    assert read(arena, keys)[1] == set(range(40))
+    admit(arena, keys)  # the next writer repairs the set
+    rows, missing, _ = read(arena, keys)
+    assert not missing
+    np.testing.assert_array_equal(rows, content(keys))
+
+
+def test_budget_covers_index_and_slots():
+    for budget in (10_000, 1 << 20, 123_456_789):
+        geometry = ArenaGeometry.within(budget, 2112)
+        assert geometry.total_bytes <= max(budget, ArenaGeometry(1, 2112).total_bytes)
+        assert geometry.index_bytes / geometry.total_bytes < 0.08
+
+
+def test_readers_never_see_a_torn_record_while_a_writer_evicts():
+    """Content is a function of the key, so a torn or mistaken copy cannot pass."""
+    arena = make_arena(32)  # two sets: every write meets the readers
+    keys = np.arange(96)
+    stop = threading.Event()
+
+    def write() -> None:
+        rng = np.random.default_rng(3)
+        while not stop.is_set():
+            admit(arena, rng.permutation(keys))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        expected, hits = content(keys), 0
+        for _ in range(3000):
+            rows, missing, _ = read(arena, keys)
+            found = np.setdiff1d(keys, sorted(missing))
+            hits += found.size
+            np.testing.assert_array_equal(rows[found], expected[found])
+        assert hits > 0
+    finally:
+        stop.set()
+        writer.join()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the platform has no huge page advice")
+def test_arena_memory_is_private_to_the_process():
+    """A shared anonymous mapping would count against shared memory limits and refuse huge pages."""
+    arena = make_arena(1024)
+    with open("/proc/self/maps") as maps:
+        address = arena._memory.ctypes.data
+        line = next(m for m in maps if _within(m, address))
+    assert line.split()[1] == "rw-p"
+
+
+def _within(line: str, address: int) -> bool:
+    low, high = (int(part, 16) for part in line.split()[0].split("-"))
+    return low <= address < high

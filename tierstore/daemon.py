@@ -1,0 +1,51 @@
+"""The daemon's life: open the store, serve, drain on the first signal, leave on the second."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tierstore.config import Config
+from tierstore.rpc.server import Server
+from tierstore.store import open_store
+
+log = logging.getLogger(__name__)
+
+SWITCH_INTERVAL_S = 0.0005  # the daemon's own: short waits for the GIL between its few threads
+FORCED_EXIT = 130
+
+
+def run_daemon(directory: Path, config: Config, ready: Callable[[list[str]], None]) -> None:
+    """Serve `directory` until SIGTERM or SIGINT; `ready` is called with the addresses once serving."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    asyncio.run(_serve(directory, config, ready))
+
+
+async def _serve(directory: Path, config: Config, ready: Callable[[list[str]], None]) -> None:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stopping)
+    store, release = open_store(directory, config)
+    try:
+        server = Server(store)
+        await server.start()
+        ready(server.addresses)
+        await stopping.wait()
+        log.info("draining: running requests get %g s", config.serve.drain_timeout_s)
+        await server.stop(config.serve.drain_timeout_s)
+    finally:
+        release()
+    log.info("stopped")
+
+
+def _on_signal(number: int, stopping: asyncio.Event) -> None:
+    if stopping.is_set():
+        log.warning("second signal: leaving at once")
+        os._exit(FORCED_EXIT)
+    log.info("received %s", signal.Signals(number).name)
+    stopping.set()

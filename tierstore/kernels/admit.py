@@ -1,0 +1,106 @@
+"""Writing records into an arena, and choosing which one goes.
+
+Replacement is CLOCK within a set: the hand passes over ways that were read since it last came by,
+taking their mark, and stops at the first that was not. New records come in unmarked, so a record
+that is never read again leaves before one that is.
+
+A writer makes the set's sequence odd, changes the set, and makes it even again; readers that
+overlap throw their copy away. Writers of one arena must hold its lock.
+"""
+
+from __future__ import annotations
+
+from engram_client.arena.atomics import (
+    copy_bytes,
+    fence_release,
+    load_byte,
+    load_half,
+    load_word,
+    store_byte,
+    store_half,
+    store_release,
+    store_word,
+    zero_bytes,
+)
+from engram_client.arena.layout import (
+    HAND_AT,
+    KEY_AT,
+    LINE_BYTES,
+    OWNER_AT,
+    RECORD_AT,
+    SEQUENCE_AT,
+    TAGS_AT,
+    VISITED_AT,
+    WAYS,
+)
+from engram_client.arena.read import find_way, mix, set_of, tag_of
+from engram_client.jit import inline_kernel, kernel
+
+ADMITTED, EVICTED = 0, 1  # places in the counts array
+
+
+@inline_kernel
+def choose_way(line):
+    """An empty way, else the first unvisited one from the hand on; the hand moves past it."""
+    for way in range(WAYS):
+        if load_half(line + TAGS_AT + 2 * way) == 0:
+            return way
+    hand = load_byte(line + HAND_AT)
+    for _ in range(2 * WAYS):
+        way = hand % WAYS
+        hand += 1
+        if load_byte(line + VISITED_AT + way) == 0:
+            break
+        store_byte(line + VISITED_AT + way, 0)
+    store_byte(line + HAND_AT, hand % WAYS)
+    return way
+
+
+@inline_kernel
+def empty_if_abandoned(line):
+    """A set left odd was being written when its writer died: nothing in it can be trusted."""
+    sequence = load_word(line + SEQUENCE_AT)
+    if sequence & 1:
+        zero_bytes(line + TAGS_AT, 2 * WAYS)
+        store_release(line + SEQUENCE_AT, sequence + 1)
+
+
+@inline_kernel
+def write_record(line, slot, way, tag, key, owner, source, record_bytes):
+    """Put one record into a way, invisible to readers until it is whole."""
+    sequence = load_word(line + SEQUENCE_AT)
+    store_word(line + SEQUENCE_AT, sequence + 1)
+    fence_release()
+    store_word(slot + KEY_AT, key)
+    store_word(slot + OWNER_AT, owner)
+    copy_bytes(slot + RECORD_AT, source, record_bytes)
+    store_half(line + TAGS_AT + 2 * way, tag)
+    store_byte(line + VISITED_AT + way, 0)
+    store_release(line + SEQUENCE_AT, sequence + 2)
+
+
+@kernel
+def admit_records(index, slots, sets, slot_bytes, record_bytes, keys, owners, source, places, counts):
+    """Write records into the arena; one already there is left alone.
+
+    Addresses (int64): `index`, `slots`, and `source`, where record i starts at
+    source + places[i] * record_bytes. `keys`, `owners`, `places` int64 [n]. Adds to `counts`
+    (ADMITTED, EVICTED).
+    """
+    for i in range(keys.size):
+        h = mix(keys[i], owners[i])
+        which = set_of(h, sets)
+        tag = tag_of(h)
+        line = index + which * LINE_BYTES
+        set_slots = slots + which * WAYS * slot_bytes
+        empty_if_abandoned(line)
+        if find_way(line, set_slots, slot_bytes, tag, keys[i], owners[i]) >= 0:
+            continue
+        way = choose_way(line)
+        counts[ADMITTED] += 1
+        if load_half(line + TAGS_AT + 2 * way) != 0:
+            counts[EVICTED] += 1
+        write_record(
+            line, set_slots + way * slot_bytes, way, tag, keys[i], owners[i],
+            source + places[i] * record_bytes, record_bytes,
+        )  # fmt: skip

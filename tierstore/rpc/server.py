@@ -1,0 +1,110 @@
+"""A grpc.aio server around a store: addresses, health, reflection, draining."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection
+
+from engram_client.client import SOCKET_PATH_BYTES_MAX
+from engram_client.errors import ConfigError
+from tierstore.config import Config
+from tierstore.rpc.service import SERVICE_NAME, MemoryService
+from tierstore.store import Store
+
+log = logging.getLogger(__name__)
+
+MESSAGE_BYTES_MAX = 16 << 20  # of a request: 2^20 ids and their envelope fit
+OPTIONS_FIXED = [
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a shared port
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", -1),  # replies are bounded by limits.request_reply_bytes_max
+]
+
+
+class Server:
+    """Serves one store until `stop`. Use from one event loop."""
+
+    def __init__(self, store: Store) -> None:
+        self._config: Config = store.config
+        self._service = MemoryService(store)
+        self._health = health.HealthServicer()
+        self._server = grpc.aio.server(options=OPTIONS_FIXED)
+        self._server.add_generic_rpc_handlers((self._service.handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self.addresses: list[str] = []
+
+    async def start(self) -> None:
+        """Bind and serve. Raises ConfigError naming the address that cannot be had."""
+        serve = self._config.serve
+        if serve.unix:
+            self._bind_unix(serve.unix)
+        if serve.tcp:
+            self._bind_tcp(serve.tcp)
+        if not self.addresses:
+            raise ConfigError(
+                "$.serve: neither serve.unix nor serve.tcp is set, so nobody could connect; "
+                "for example --unix /run/tierstore.sock, or --tcp 127.0.0.1:7070"
+            )
+        await self._server.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    def _bind_unix(self, path: str) -> None:
+        path = os.path.abspath(path)
+        length = len(os.fsencode(path))
+        if length > SOCKET_PATH_BYTES_MAX:
+            raise ConfigError(
+                f"$.serve.unix: {path!r} has {length} bytes; a socket path may have {SOCKET_PATH_BYTES_MAX}; "
+                "choose a shorter one"
+            )
+        if not Path(path).parent.is_dir():
+            raise ConfigError(f"$.serve.unix: there is no directory {Path(path).parent}; create it first")
+        if _somebody_listens(path):
+            raise ConfigError(
+                f"$.serve.unix: another process serves on {path}; stop it, or choose another path"
+            )
+        try:
+            self._server.add_insecure_port(f"unix:{path}")
+        except RuntimeError as error:
+            raise ConfigError(f"$.serve.unix: cannot serve on {path}: {error}") from error
+        self.addresses.append(f"unix:{path}")
+
+    def _bind_tcp(self, address: str) -> None:
+        host = address.rpartition(":")[0]
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"$.serve.tcp: cannot serve on {address}: the port is in use or the address is not "
+                f"this machine's ({error}); choose another, or port 0 for any free one"
+            ) from error
+        self.addresses.append(f"tcp://{host}:{port}")
+
+    async def stop(self, drain_timeout_s: float) -> None:
+        """Say not serving, refuse new calls, let running ones finish for so long, then cancel."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.stop(drain_timeout_s)
+        self._service.close()
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, status)
+
+
+def _somebody_listens(path: str) -> bool:
+    """Whether the socket file belongs to a living server; a dead one's is left for gRPC to replace."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+        return True

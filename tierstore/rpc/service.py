@@ -1,0 +1,144 @@
+"""The gRPC face of a store: parse, look up, frame.
+
+A look-up that DRAM answers whole is served on the event loop: handing it to a thread would
+cost more than the copy. One with misses goes to a bounded pool of threads, where the waiting
+happens. Requests in work are bounded; what comes beyond is refused at once, not queued.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import grpc
+import numpy as np
+
+from engram_client.deadline import Deadline
+from engram_client.errors import BatchTooLarge, Overloaded, TierstoreError
+from engram_client.transport.base import LookupRequest
+from engram_client.wire import memory_pb2 as pb
+from engram_client.wire.convert import request_from_message, spec_to_message
+from engram_client.wire.framing import encode_rows
+from tierstore.rpc.status import ERROR_KEY, status_of
+from tierstore.store import Store
+
+log = logging.getLogger(__name__)
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["MemoryService"].full_name
+
+
+class MemoryService:
+    """Handlers of `tierstore.v1.MemoryService`; `handlers()` gives them to a grpc.aio server."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._limits = store.config.limits
+        serve = store.config.serve
+        self._threads = ThreadPoolExecutor(serve.workers, thread_name_prefix="tierstore-serve")
+        self._requests_max = serve.concurrent_requests_max
+        self._requests = 0
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        def method(handle: Callable[..., Awaitable[Any]], request: Any, serialize: Any) -> Any:
+            return grpc.unary_unary_rpc_method_handler(
+                self._guarded(handle), request_deserializer=request.FromString, response_serializer=serialize
+            )
+
+        return grpc.method_handlers_generic_handler(
+            SERVICE_NAME,
+            {
+                "ListTables": method(self.list_tables, pb.ListTablesRequest, _serialize),
+                "DescribeTable": method(self.describe_table, pb.DescribeTableRequest, _serialize),
+                "Lookup": method(self.lookup, pb.LookupRequest, encode_rows),
+                "Prefetch": method(self.prefetch, pb.LookupRequest, _serialize),
+                "Stats": method(self.stats, pb.StatsRequest, _serialize),
+            },
+        )
+
+    async def list_tables(self, _request: pb.ListTablesRequest, _context: Any) -> pb.ListTablesResponse:
+        return pb.ListTablesResponse(tables=[spec_to_message(s) for s in self._store.tables().values()])
+
+    async def describe_table(
+        self, request: pb.DescribeTableRequest, _context: Any
+    ) -> pb.DescribeTableResponse:
+        return pb.DescribeTableResponse(table=spec_to_message(self._store.table(request.table).spec))
+
+    async def stats(self, _request: pb.StatsRequest, _context: Any) -> pb.StatsResponse:
+        return pb.StatsResponse(counters=self._store.stats())
+
+    async def lookup(self, message: pb.LookupRequest, context: Any) -> np.ndarray:
+        deadline = Deadline.after(context.time_remaining())
+        request = self._parse(message)
+        rows = np.empty(self._reply_bytes(request), np.uint8)
+        async with self._place():
+            access, misses = self._store.lookup_hits(request, rows)
+            if misses.size:
+                deadline.check("waiting for a free thread")
+                read = partial(self._store.lookup_misses, request, access, misses, rows, deadline)
+                await asyncio.get_running_loop().run_in_executor(self._threads, read)
+        return rows
+
+    async def prefetch(self, message: pb.LookupRequest, _context: Any) -> pb.PrefetchResponse:
+        return pb.PrefetchResponse(accepted=self._store.prefetch(self._parse(message)))
+
+    def _parse(self, message: pb.LookupRequest) -> LookupRequest:
+        scheme = self._store.table(message.table).spec.scheme
+        request = request_from_message(message, scheme.orders if scheme else 1)
+        if request.ids.size > self._limits.request_ids_max:
+            raise BatchTooLarge(
+                f"table {request.table!r}: {request.ids.size} ids in one request; the limit is "
+                f"{self._limits.request_ids_max} (limits.request_ids_max); split the batch"
+            )
+        return request
+
+    def _reply_bytes(self, request: LookupRequest) -> int:
+        """How large the reply will be; refused here, before memory is taken for it."""
+        access = self._store.table(request.table).access(request)
+        wanted = request.ids.size * access.part[1]
+        if wanted > self._limits.request_reply_bytes_max:
+            raise BatchTooLarge(
+                f"table {request.table!r}: {request.ids.size} ids ask for {wanted} bytes in one reply; the "
+                f"limit is {self._limits.request_reply_bytes_max} (limits.request_reply_bytes_max); "
+                "split the batch"
+            )
+        return wanted
+
+    @asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        if self._requests >= self._requests_max:
+            raise Overloaded(
+                f"{self._requests} look-ups are in work, the most there may be "
+                "(serve.concurrent_requests_max); try again"
+            )
+        self._requests += 1
+        try:
+            yield
+        finally:
+            self._requests -= 1
+
+    def _guarded(self, handle: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        """Our errors become a status with the error's code; others are logged and stay vague."""
+
+        async def guarded(request: Any, context: Any) -> Any:
+            try:
+                return await handle(request, context)
+            except TierstoreError as error:
+                await context.abort(status_of(error), str(error), ((ERROR_KEY, error.code),))
+            except Exception as error:
+                log.exception("a request failed unexpectedly")
+                text = f"internal error ({type(error).__name__}); the daemon's log has the details"
+                await context.abort(grpc.StatusCode.INTERNAL, text, ((ERROR_KEY, TierstoreError.code),))
+
+        return guarded
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True)
+
+
+def _serialize(message: Any) -> bytes:
+    packed: bytes = message.SerializeToString()
+    return packed

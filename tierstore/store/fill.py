@@ -1,0 +1,149 @@
+"""Serving what DRAM does not hold: claim, read, put records together, hand them out, admit them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engram_client.deadline import Deadline
+from tierstore.kernels.distinct import find_distinct
+from tierstore.kernels.rows import copy_parts
+from tierstore.store.in_flight import Claim, InFlight, wait_for
+from tierstore.store.table import Access
+from tierstore.tiers.counters import Counters
+from tierstore.tiers.dram import Arena
+from tierstore.tiers.nvme import NvmeTier
+from tierstore.tiers.staging import Staging, StagingPool
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The distinct records behind a batch of missing entries."""
+
+    positions: np.ndarray  # of the entries in the request, int64 [n]
+    inverse: np.ndarray  # which record each entry wants, int64 [n]
+    entries: np.ndarray  # key or row id of each record, int64 [m]
+    owners: np.ndarray  # int64 [m]
+
+
+def distinct_records(access: Access, ids: np.ndarray, positions: np.ndarray) -> Wanted:
+    """Find the distinct records behind `ids[positions]`; `ids` int64, flat."""
+    entries, owners = ids[positions], access.owners(positions)
+    places = np.full(1 << max(4, int(2 * entries.size - 1).bit_length()), -1, np.int64)
+    first, inverse = np.empty_like(entries), np.empty_like(entries)
+    count = find_distinct(entries, owners, places, first, inverse)
+    first = first[:count]
+    return Wanted(positions, inverse, entries[first], owners[first])
+
+
+class Filler:
+    """Reads missing records from NVMe, at most a staging buffer's worth at a time."""
+
+    def __init__(self, nvme: NvmeTier, staging: StagingPool, in_flight: InFlight, counters: Counters) -> None:
+        self._nvme = nvme
+        self._staging = staging
+        self._in_flight = in_flight
+        self._counters = counters
+
+    def fill(
+        self,
+        access: Access,
+        arena: Arena | None,
+        ids: np.ndarray,
+        misses: np.ndarray,
+        out: int | None,
+        deadline: Deadline,
+    ) -> None:
+        """Serve the entries `ids[misses]`; with `out` None the records only go to DRAM."""
+        batch = max(1, self._staging.record_bytes // access.entry_bytes)
+        while misses.size:
+            now, misses = misses[:batch], misses[batch:]
+            while now.size:
+                now = self._fill_some(access, arena, distinct_records(access, ids, now), ids, out, deadline)
+
+    def _fill_some(
+        self,
+        access: Access,
+        arena: Arena | None,
+        wanted: Wanted,
+        ids: np.ndarray,
+        out: int | None,
+        deadline: Deadline,
+    ) -> np.ndarray:
+        """Serve what nobody else is reading, then look again for the rest; returns what is left."""
+        with self._staging.take(deadline) as staging:
+            if arena is None:
+                everything = np.ones(wanted.entries.size, bool)
+                self._read(access, None, wanted, everything, staging, out, deadline)
+                return wanted.positions[:0]
+            with self._in_flight.claim(wanted.entries, wanted.owners) as claim:
+                self._read(access, arena, wanted, claim.mine, staging, out, deadline)
+        return self._look_again(access, arena, wanted, claim, ids, out, deadline)
+
+    def _read(
+        self,
+        access: Access,
+        arena: Arena | None,
+        wanted: Wanted,
+        mine: np.ndarray,
+        staging: Staging,
+        out: int | None,
+        deadline: Deadline,
+    ) -> None:
+        """Read records into the staging buffer; hand out the parts asked for; admit."""
+        entries, owners = wanted.entries[mine], wanted.owners[mine]
+        if not entries.size:
+            return
+        row_ids = access.row_ids(entries, owners).reshape(-1)
+        targets = np.arange(row_ids.size) * access.table.spec.row_bytes
+        records = staging.records.ctypes.data
+        table = access.table
+        self._nvme.read_rows(table.row_file, table.file, row_ids, targets, records, staging, deadline)
+        self._counters.add(records_read=entries.size)
+        if out is not None:
+            place_of = np.cumsum(mine) - 1
+            served = mine[wanted.inverse]
+            places = place_of[wanted.inverse[served]]
+            copy_parts(records, places, access.entry_bytes, *access.part, wanted.positions[served], out)
+        if arena is not None:
+            arena.admit(entries, owners, records, np.arange(entries.size))
+
+    def _look_again(
+        self,
+        access: Access,
+        arena: Arena,
+        wanted: Wanted,
+        claim: Claim,
+        ids: np.ndarray,
+        out: int | None,
+        deadline: Deadline,
+    ) -> np.ndarray:
+        """Entries that others were reading: by now most are in DRAM."""
+        if not claim.others:
+            return wanted.positions[:0]
+        left = wanted.positions[~claim.mine[wanted.inverse]]
+        self._counters.add(in_flight_waits=left.size)
+        wait_for(claim.others, deadline)
+        return read_scattered(access, arena, ids, left, out)
+
+
+def read_scattered(
+    access: Access, arena: Arena, ids: np.ndarray, positions: np.ndarray, out: int | None
+) -> np.ndarray:
+    """Look for single entries in DRAM, one order at a time; returns the positions still missing."""
+    part_at, part_bytes = access.part if out is not None else (0, 0)
+    found = np.empty((positions.size, part_bytes), np.uint8)
+    missing = np.zeros(positions.size, bool)
+    orders = positions % access.orders
+    for order in range(access.orders):
+        chosen = np.flatnonzero(orders == order)
+        rows = np.empty((chosen.size, part_bytes), np.uint8)
+        owner = access.table.owner + order
+        lost, _ = arena.read(ids[positions[chosen]], owner, 1, (part_at, part_bytes), rows.ctypes.data)
+        found[chosen] = rows
+        missing[chosen[lost]] = True
+    have = np.flatnonzero(~missing)
+    if out is not None:
+        copy_parts(found.ctypes.data, have, part_bytes, 0, part_bytes, positions[have], out)
+    return positions[missing]

@@ -1,0 +1,48 @@
+"""Closing only once nobody is inside."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+
+from engram_client.errors import Unavailable
+
+
+class Gate:
+    """`with gate:` around work that needs open files; `close` waits until all work is done."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._inside = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def check(self) -> None:
+        """Raises Unavailable once closed."""
+        if self._closed:
+            raise Unavailable(f"{self._what} is closed")
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self.check()
+            self._inside += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._inside -= 1
+            self._changed.notify_all()
+
+    def close(self) -> bool:
+        """Let nobody in any more and wait for those inside; False where it was closed already."""
+        with self._changed:
+            if self._closed:
+                return False
+            self._closed = True
+            self._changed.wait_for(lambda: self._inside == 0)
+            return True

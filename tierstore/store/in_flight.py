@@ -1,0 +1,73 @@
+"""One read for everybody who wants a record: who reads it, and how the others wait.
+
+A look-up claims the records it misses under a *ticket*. Records that are already claimed are
+left to their reader; the look-up waits for that ticket and then looks into DRAM again. If the record
+is not there (the read failed, or it was evicted at once) the look-up reads it itself, so nobody
+inherits another request's error.
+
+The table is bounded. When it is full, records are read without being entered: a second read of
+the same record costs time, never correctness.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from engram_client.deadline import Deadline
+from tierstore.kernels import in_flight as table
+
+CAPACITY_RECORDS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What one look-up may read (`mine`, bool [n]) and whom it must wait for."""
+
+    mine: np.ndarray
+    others: tuple[threading.Event, ...]
+
+
+class InFlight:
+    """Thread safe; the lock is held for one kernel call at a time."""
+
+    def __init__(self, capacity_records: int = CAPACITY_RECORDS) -> None:
+        places = 2 * capacity_records
+        self._keys = np.full(places, table.EMPTY, np.int64)
+        self._owners = np.zeros(places, np.int64)
+        self._tickets = np.zeros(places, np.int64)
+        self._room = capacity_records
+        self._done: dict[int, threading.Event] = {}
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def claim(self, keys: np.ndarray, owners: np.ndarray) -> Iterator[Claim]:
+        """Claim distinct records, int64 [n]; on leaving they are released and waiters wake."""
+        found = np.empty(keys.size, np.int64)
+        entries = (self._keys, self._owners, self._tickets)
+        with self._lock:
+            ticket = next(self._numbers)
+            done = self._done[ticket] = threading.Event()
+            self._room -= table.claim(*entries, keys, owners, ticket, self._room, found)
+            mine = found == ticket
+            others = tuple(self._done[t] for t in set(found[~mine].tolist()))
+        try:
+            yield Claim(mine, others)
+        finally:
+            with self._lock:
+                self._room += table.release(*entries, keys[mine], owners[mine], ticket)
+                del self._done[ticket]
+            done.set()
+
+
+def wait_for(events: tuple[threading.Event, ...], deadline: Deadline) -> None:
+    """Wait until all readers are done. Raises DeadlineExceeded."""
+    for event in events:
+        if not event.wait(deadline.remaining_s()):
+            raise deadline.exceeded("waiting for another request to read the same rows")

@@ -1,0 +1,204 @@
+"""The store: the tiers composed. The daemon serves this object; `local:` is this object.
+
+A look-up checks its request against the table, copies what DRAM holds without a lock, and
+hands the rest to the filler, which reads each missing record once. No lock is held across I/O.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from engram_client.deadline import Deadline
+from engram_client.errors import BadRequest, BatchTooLarge, UnknownTable
+from engram_client.spec import TableSpec
+from engram_client.transport.base import LookupRequest
+from tierstore.catalog import Catalog
+from tierstore.config import Config
+from tierstore.devices.files import open_for_reads
+from tierstore.devices.pread import PreadReader
+from tierstore.format.rowfile import RowFile
+from tierstore.store.fill import Filler, read_scattered
+from tierstore.store.gate import Gate
+from tierstore.store.hints import HintQueue
+from tierstore.store.in_flight import InFlight
+from tierstore.store.lock import acquire_store_lock
+from tierstore.store.table import Access, ServedTable
+from tierstore.tiers.counters import Counters
+from tierstore.tiers.dram import Arena, DramTier
+from tierstore.tiers.nvme import NvmeTier
+from tierstore.tiers.staging import StagingPool
+
+
+class Store:
+    """Every table of one directory, served within the configured budgets. Thread safe.
+
+    Use `tierstore.store.open_store`, which shares one Store a directory and process.
+    """
+
+    def __init__(self, directory: Path, config: Config) -> None:
+        self.directory = directory
+        self.config = config
+        self.counters = Counters()
+        self._lock_file = acquire_store_lock(directory)
+        self._numbers = itertools.count(1)
+        self._gate = Gate(f"store {directory}")
+        self._tables: dict[str, ServedTable] = {}
+        try:
+            self._open_tables()
+            self._start_tiers()
+        except BaseException:
+            self._close_tables()
+            self._lock_file.close()
+            raise
+
+    def _open_tables(self) -> None:
+        with Catalog.open(self.directory) as catalog:
+            entries = catalog.tables()
+        for name, entry in entries.items():
+            if name not in self._tables:
+                row_file = RowFile.open(entry.path)
+                file = open_for_reads(entry.path, self.config.nvme.direct)
+                self._tables[name] = ServedTable(row_file, file, next(self._numbers))
+
+    def _start_tiers(self) -> None:
+        config = self.config
+        sizes: Counter[int] = Counter()
+        for table in self._tables.values():
+            sizes[table.spec.record_bytes] += table.spec.rows * table.spec.row_bytes
+        self._dram = DramTier(config.dram.budget_bytes, sizes, self.counters)
+        self._reader = PreadReader(config.nvme.read_threads)
+        nvme = NvmeTier(
+            self._reader,
+            self.counters,
+            gap_pages_max=config.nvme.coalesce_gap_pages,
+            run_pages_max=config.nvme.run_pages_max,
+        )
+        staging = StagingPool(config.nvme.staging_bytes, max(sizes, default=0))
+        self._filler = Filler(nvme, staging, InFlight(), self.counters)
+        self._hints = HintQueue(config.prefetch.workers, config.limits.prefetch_queue_max, self._serve_hint)
+
+    def tables(self) -> dict[str, TableSpec]:
+        """Every table served, by name."""
+        return {name: table.spec for name, table in self._tables.items()}
+
+    def table(self, name: str) -> ServedTable:
+        """One table. Raises UnknownTable, naming those there are."""
+        try:
+            return self._tables[name]
+        except KeyError:
+            have = ", ".join(sorted(self._tables)) or "none"
+            raise UnknownTable(
+                f"no table {name!r} is served from {self.directory}; served: {have}; "
+                "a table packed after the start is served from the next start on"
+            ) from None
+
+    def lookup(self, request: LookupRequest, out: np.ndarray, timeout_s: float | None = None) -> None:
+        """Fill `out` (uint8, C-contiguous) with the rows asked for, zeros for -1.
+
+        When this raises, the content of `out` is undefined. Raises BadRequest and its kinds,
+        UnknownTable, GenerationMismatch, StorageError, DataCorrupt, DeadlineExceeded.
+        """
+        deadline = Deadline.after(timeout_s)
+        access, misses = self.lookup_hits(request, out)
+        if misses.size:
+            self.lookup_misses(request, access, misses, out, deadline)
+
+    def lookup_hits(self, request: LookupRequest, out: np.ndarray) -> tuple[Access, np.ndarray]:
+        """The part of `lookup` that never waits: fill what DRAM holds, return what is missing."""
+        self._gate.check()
+        access = self.table(request.table).access(request)
+        self._check_out(request, access, out)
+        ids = request.ids.reshape(-1)
+        if arena := self._arena(access):
+            misses, masked = arena.read(ids, access.table.owner, access.orders, access.part, out.ctypes.data)
+        else:
+            misses = np.flatnonzero(ids >= 0)
+            masked = ids.size - misses.size
+            out.reshape(ids.size, -1)[ids < 0] = 0
+        hits = ids.size - masked - misses.size
+        self.counters.add(lookups=1, keys=ids.size, masked=masked, dram_hits=hits, dram_misses=misses.size)
+        return access, misses
+
+    def lookup_misses(
+        self, request: LookupRequest, access: Access, misses: np.ndarray, out: np.ndarray, deadline: Deadline
+    ) -> None:
+        """The part of `lookup` that reads: fill the entries `misses` of the request."""
+        ids = request.ids.reshape(-1)
+        try:
+            with self._gate:
+                self._filler.fill(access, self._arena(access), ids, misses, out.ctypes.data, deadline)
+        except Exception:
+            self.counters.add(failed_lookups=1)
+            raise
+
+    def prefetch(self, request: LookupRequest) -> bool:
+        """Read into DRAM, soon, what is not there; False where the hint was dropped."""
+        self._gate.check()
+        access = self.table(request.table).access(request)
+        if not access.cached:
+            raise BadRequest(
+                f"table {request.table!r}: single rows of a record-addressed table are not cached; "
+                "prefetch n-gram keys instead"
+            )
+        accepted = self._hints.offer(request)
+        self.counters.add(**{"hints_accepted" if accepted else "hints_dropped": 1})
+        return accepted
+
+    def _serve_hint(self, request: LookupRequest) -> None:
+        access = self.table(request.table).access(request)
+        arena = self._arena(access)
+        if arena is None:
+            return  # a DRAM budget of 0: there is nowhere to read to
+        ids = request.ids.reshape(-1)
+        present = np.flatnonzero(ids >= 0)
+        misses = read_scattered(access, arena, ids, present, None)
+        self.counters.add(hint_hits=present.size - misses.size, hint_misses=misses.size)
+        try:
+            with self._gate:
+                self._filler.fill(access, arena, ids, misses, None, Deadline.after(None))
+        except Exception:
+            self.counters.add(hints_failed=1)
+            raise
+
+    def _arena(self, access: Access) -> Arena | None:
+        return self._dram.arena(access.entry_bytes) if access.cached else None
+
+    def _check_out(self, request: LookupRequest, access: Access, out: np.ndarray) -> None:
+        wanted = request.ids.size * access.part[1]
+        if wanted > self.config.limits.lookup_bytes_max:
+            raise BatchTooLarge(
+                f"table {request.table!r}: {request.ids.size} ids ask for {wanted} bytes in one look-up; "
+                f"the limit is {self.config.limits.lookup_bytes_max} (limits.lookup_bytes_max); "
+                "split the batch"
+            )
+        if out.dtype != np.uint8 or not out.flags.c_contiguous or out.nbytes != wanted:
+            raise BadRequest(
+                f"table {request.table!r}: out must be C-contiguous uint8 of {wanted} bytes, "
+                f"got {out.dtype} of {out.nbytes}"
+            )
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the store was opened, and the sizes of the tiers."""
+        return {
+            **self.counters.snapshot(),
+            "dram_bytes": self._dram.total_bytes,
+            "dram_budget_bytes": self.config.dram.budget_bytes,
+            "dram_capacity_records": self._dram.capacity_records,
+        }
+
+    def close(self) -> None:
+        """Finish what runs and let go of the directory; idempotent."""
+        if not self._gate.close():
+            return
+        self._hints.close()
+        self._reader.close()
+        self._close_tables()
+        self._lock_file.close()
+
+    def _close_tables(self) -> None:
+        for table in self._tables.values():
+            table.close()

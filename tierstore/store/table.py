@@ -1,0 +1,115 @@
+"""One served table, and the ways to address it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engram_client.arena.layout import ORDER_BITS
+from engram_client.errors import BadRequest, GenerationMismatch
+from engram_client.ids import check_keys, check_row_ids
+from engram_client.spec import TableSpec
+from engram_client.transport.base import LookupRequest
+from tierstore.devices.files import OpenFile
+from tierstore.format.rowfile import RowFile
+from tierstore.kernels.rows import derive_row_ids
+
+
+@dataclass(frozen=True)
+class Access:
+    """How the entries of one request are found.
+
+    Entry i of a request has order i % orders. `cached` is False for single rows of a
+    record-addressed table: they are read from NVMe, because a copy beside the records would have to
+    share their budget.
+    """
+
+    table: ServedTable
+    by_key: bool  # entries are n-gram keys; else row ids
+    orders: int
+    rows_per_entry: int
+    cached: bool
+    part: tuple[int, int]  # first byte and length of what is copied out of an entry
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of a whole entry: the record, or the row."""
+        return self.rows_per_entry * self.table.spec.row_bytes
+
+    def owners(self, positions: np.ndarray) -> np.ndarray:
+        """Owner of each entry, int64: which table and order its record belongs to."""
+        return self.table.owner + positions % self.orders
+
+    def row_ids(self, entries: np.ndarray, owners: np.ndarray) -> np.ndarray:
+        """Row ids behind entries, int64 [n, rows_per_entry]."""
+        if not self.by_key:
+            return entries.reshape(-1, 1)
+        ids = np.empty((entries.size, self.rows_per_entry), np.int64)
+        orders = owners - self.table.owner
+        derive_row_ids(entries, orders, self.table.head_sizes, self.table.head_offsets, ids)
+        return ids
+
+
+class ServedTable:
+    """A table that is open for look-ups. `number` is unique in this process, also over generations."""
+
+    def __init__(self, row_file: RowFile, file: OpenFile, number: int) -> None:
+        self.row_file = row_file
+        self.file = file
+        self.owner = number << ORDER_BITS
+        scheme = row_file.spec.scheme
+        self.head_sizes = np.array(scheme.head_sizes if scheme else [[0]], np.int64)
+        self.head_offsets = np.array(scheme.head_offsets if scheme else [[0]], np.int64)
+
+    @property
+    def spec(self) -> TableSpec:
+        return self.row_file.spec
+
+    def access(self, request: LookupRequest) -> Access:
+        """Check the request against the table. Raises BadRequest, IdOutOfRange, GenerationMismatch."""
+        self._check_generation(request.generation)
+        if request.ids.dtype != np.int64 or not request.ids.flags.c_contiguous:
+            raise BadRequest(f"ids must be C-contiguous int64, got {request.ids.dtype}")
+        access = self._by_key(request) if request.address == "ngram" else self._by_row(request)
+        if access.by_key:
+            check_keys(request.ids, self.spec.name)
+        else:
+            check_row_ids(request.ids, self.spec.rows, self.spec.name)
+        return access
+
+    def _check_generation(self, generation: str) -> None:
+        if generation != self.spec.generation:
+            raise GenerationMismatch(
+                f"table {self.spec.name!r}: the request is for generation {generation}, served is "
+                f"{self.spec.generation}; the table was packed again, fetch it anew with client.table(name)"
+            )
+
+    def _by_key(self, request: LookupRequest) -> Access:
+        spec = self.spec
+        if spec.addressing != "record" or spec.scheme is None:
+            raise BadRequest(f"table {spec.name!r} is addressed by row ids, not by n-gram keys; use lookup")
+        orders, heads = spec.scheme.orders, spec.scheme.heads
+        if request.ids.ndim != 2 or request.ids.shape[1] != orders:
+            raise BadRequest(
+                f"table {spec.name!r}: n-gram keys must have shape [n, {orders}], "
+                f"got {list(request.ids.shape)}"
+            )
+        start, stop = request.heads or (0, heads)
+        if not 0 <= start < stop <= heads:
+            raise BadRequest(
+                f"table {spec.name!r}: heads {start}:{stop} are not within its {heads} heads an order"
+            )
+        part = (start * spec.row_bytes, (stop - start) * spec.row_bytes)
+        return Access(self, True, orders, heads, True, part)
+
+    def _by_row(self, request: LookupRequest) -> Access:
+        spec = self.spec
+        if request.ids.ndim != 1:
+            raise BadRequest(f"row ids must have shape [n], got {list(request.ids.shape)}")
+        if request.heads is not None:
+            raise BadRequest("heads= goes with n-gram keys, not with row ids")
+        return Access(self, False, 1, 1, spec.addressing == "row", (0, spec.row_bytes))
+
+    def close(self) -> None:
+        self.file.close()

@@ -1,0 +1,48 @@
+"""Counters of what the tiers did; cheap to add to, read as a snapshot."""
+
+from __future__ import annotations
+
+import threading
+
+# Record = what one key names (all heads of an n-gram, or one row). Every counter is a total since
+# the store was opened; README, "Reading the numbers", says how to read them.
+NAMES = (
+    "lookups",  # requests answered
+    "keys",  # keys or row ids asked for
+    "masked",  # of these, -1
+    "dram_hits",  # records a look-up found in DRAM
+    "dram_misses",  # records a look-up did not find there, duplicates counted
+    "hint_hits",  # records a prefetch hint found in DRAM
+    "hint_misses",  # records a prefetch hint caused to be read
+    "hints_accepted",
+    "hints_dropped",  # the queue was full
+    "hints_failed",
+    "in_flight_waits",  # records another request was already reading
+    "records_read",  # records put together from NVMe
+    "records_admitted",  # into DRAM
+    "records_evicted",
+    "nvme_rows",
+    "nvme_pages",  # distinct pages wanted
+    "nvme_reads",  # read operations
+    "nvme_bytes",  # read, with the pages in gaps between joined reads
+    "nvme_read_errors",
+    "nvme_checksum_failures",
+    "failed_lookups",
+)
+
+
+class Counters:
+    """Totals by name; `add` is one short lock, so it is called once a batch, never once a row."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._totals = dict.fromkeys(NAMES, 0)
+
+    def add(self, **amounts: int) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                self._totals[name] += int(amount)
+
+    def snapshot(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._totals)
