@@ -18,6 +18,7 @@ SERVICE_LAYERS = (
     "format",
     "catalog",
     "devices",
+    "packing",
     "tiers",
     "store",
     "rpc",
