@@ -189,7 +189,7 @@ def _write_tensor(descriptor: int, tensor: PlannedTensor, seed: int, progress: P
         return
     for index, first in enumerate(range(0, tensor.bytes, BLOCK_BYTES)):
         data = block(tensor.content, seed, tensor.name, index)[: tensor.bytes - first]
-        _write(descriptor, memoryview(data))
+        _write(descriptor, data.data)
         progress(len(data))
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 BLOCK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 16  # stays in the cache between passes
 ByteArray = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -66,9 +67,11 @@ def content_bytes(content: Content, seed: int, name: str, first: int, count: int
 
 
 def _finite_e4m3(raw: ByteArray, low: int) -> None:
-    nan = raw & 0x7F
-    np.equal(nan, 0x7F, out=nan.view(np.bool_))
-    np.subtract(raw, nan, out=raw)
+    for first in range(0, len(raw), CHUNK_BYTES):
+        part = raw[first : first + CHUNK_BYTES]
+        nan = part & 0x7F
+        np.equal(nan, 0x7F, out=nan.view(np.bool_))
+        np.subtract(part, nan, out=part)
 
 
 def _finite_e8m0(raw: ByteArray, low: int) -> None:

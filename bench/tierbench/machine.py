@@ -58,9 +58,10 @@ def describe_disk(path: Path) -> dict[str, Any]:
 def _disk_kind(name: str | None, rotational: str | None) -> str:
     if name is None:
         return "no block device (memory, overlay or network)"
-    families = {"nvme": "NVMe", "vd": "virtual (virtio)", "xvd": "virtual (Xen)", "sd": "SCSI or SATA"}
-    family = next((kind for prefix, kind in families.items() if name.startswith(prefix)), "block device")
-    return f"{family}, {'rotating' if rotational == '1' else 'solid state or unknown'}"
+    if name.startswith(("vd", "xvd")):
+        return "virtual disk; what is behind it is not told"
+    family = "NVMe" if name.startswith("nvme") else "SCSI or SATA" if name.startswith("sd") else "block device"
+    return f"{family}, {'rotating' if rotational == '1' else 'solid state'}"
 
 
 def _filesystem(numbers: str) -> str | None:
