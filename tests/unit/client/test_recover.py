@@ -103,9 +103,9 @@ class TestForeignIds:
         with pytest.raises(ForeignIds, match="order 4, head 6 is -1 where other heads hold rows"):
             recover_keys(V41, changed((1, 0, 22), -1))
 
-    def test_heads_that_make_a_number_above_63_bits(self) -> None:
+    @pytest.mark.parametrize("too_large", [2**63, 2**64 - 1, 2**64, 2**64 + 5, 2**92])
+    def test_heads_that_make_a_number_above_63_bits(self, too_large: int) -> None:
         scheme = with_sizes((2**31 - 1, 2**31 - 19, 2**31 - 61))
-        too_large = 2**63
         rows = [
             too_large % size + offset
             for size, offset in zip(scheme.head_sizes[0], scheme.head_offsets[0], strict=True)
