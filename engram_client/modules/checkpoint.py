@@ -95,23 +95,35 @@ def parameter_dtype(weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def unscale(weight: Tensor, scale: Tensor) -> Tensor:
-    """A block-scaled matrix to float32: weight [R, C], scale [r, c], blocks of R/r x C/c (rounded up).
+    """A block-scaled matrix to float32: weight [R, C], scale [r, c], one scale a block of R/r x C/c.
 
-    Scales are E8M0 (its torch dtype, or uint8 codes) or floating. An edge block may be cut short,
-    as 128 x 128 blocks are where they do not divide the matrix.
+    Scales are E8M0 (its torch dtype, or uint8 codes) or floating. A block's sides must be powers
+    of two or the whole matrix': where the last block is cut short, as 480 rows cut by 128, the
+    block cannot be told from the shapes, and a guess would give wrong weights.
     """
     if scale.ndim != 2 or weight.ndim != 2:
         raise FormatError(
             f"block-scaled weight: both must be matrices, got {list(weight.shape)} and {list(scale.shape)}"
         )
-    factors = e8m0_to_float32(scale.view(torch.uint8)) if scale.element_size() == 1 else scale.float()
-    for dim in (0, 1):
-        size, blocks = weight.shape[dim], scale.shape[dim]
-        width = -(-size // max(blocks, 1))
-        if blocks == 0 or -(-size // width) != blocks:
+    factors = _scale_factors(scale)
+    for dim, (size, blocks) in enumerate(zip(weight.shape, scale.shape, strict=True)):
+        width = size // max(blocks, 1)
+        if width * blocks != size or (blocks > 1 and width & (width - 1)):
             raise FormatError(
                 f"block-scaled weight: scales {list(scale.shape)} do not cut weights {list(weight.shape)} "
-                f"into equal blocks along dimension {dim}"
+                f"into blocks of a power of two along dimension {dim}; multiply them yourself and pass the "
+                "whole weight, without its scale"
             )
-        factors = factors.repeat_interleave(width, dim=dim).narrow(dim, 0, size)
+        factors = factors.repeat_interleave(width, dim=dim)
     return weight.float() * factors
+
+
+def _scale_factors(scale: Tensor) -> Tensor:
+    if scale.element_size() > 1:
+        return scale.float()
+    # By name: the torch dtype is missing from older releases, which hold the codes as uint8.
+    if str(scale.dtype) not in ("torch.uint8", "torch.float8_e8m0fnu"):
+        raise FormatError(
+            f"block-scaled weight: scales must be E8M0, uint8 codes or floating, got {scale.dtype}"
+        )
+    return e8m0_to_float32(scale.view(torch.uint8))

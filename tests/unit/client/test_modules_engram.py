@@ -61,7 +61,9 @@ def embeddings(state: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_output_is_the_published_modules(vector, state, embeddings) -> None:
     engram = Engram.from_state_dict(state, max_ngram_size=3)
     for given in (embeddings, embeddings.flatten(-2)):
-        torch.testing.assert_close(engram(vector["hidden_states"], given), vector["output"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            engram(vector["hidden_states"], given), vector["output"], rtol=1e-5, atol=1e-6
+        )
 
 
 def test_resident_module_needs_no_service(vector, state) -> None:
@@ -110,8 +112,8 @@ def small(**changes: int) -> Engram:
 
 def test_gradients_reach_states_embeddings_and_parameters() -> None:
     engram = small()
-    hidden = torch.randn(2, 4, 2, 5, dtype=torch.float64, requires_grad=True)
-    given = torch.randn(2, 4, 3, 2, dtype=torch.float64, requires_grad=True)
+    hidden = torch.randn(1, 3, 2, 5, dtype=torch.float64, requires_grad=True)
+    given = torch.randn(1, 3, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda h, e: engram(h, e), (hidden, given))
     engram(hidden, given).sum().backward()
     for name, parameter in engram.named_parameters():
@@ -136,14 +138,18 @@ def test_load_state_dict_passes_the_table_over_inside_a_larger_model(state) -> N
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), donor.parameters(), strict=True))
     assert "engram.multi_head_embedding.embedding.weight" in named  # the caller's dict is whole
     named["engram.multi_head_embedding.embedding.weight"] = torch.zeros(10, 24)
-    with pytest.raises(RuntimeError, match=r"must be \[rows, dim\] with dim a divisor of embedding_dim = 128"):
+    with pytest.raises(
+        RuntimeError, match=r"must be \[rows, dim\] with dim a divisor of embedding_dim = 128"
+    ):
         model.load_state_dict(named)
 
 
 def test_a_prefix_picks_one_layer(vector, state, embeddings) -> None:
     named = {f"layers.1.engram.{name}": tensor for name, tensor in state.items()} | {"norm": torch.zeros(3)}
     engram = Engram.from_state_dict(named, max_ngram_size=3, prefix="layers.1.engram.")
-    torch.testing.assert_close(engram(vector["hidden_states"], embeddings), vector["output"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        engram(vector["hidden_states"], embeddings), vector["output"], rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
