@@ -67,7 +67,7 @@ def test_a_directory_without_a_catalog_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_table_is_answered_with_the_known_ones(tmp_path: Path) -> None:
     with Catalog.open(tmp_path, create=True) as catalog:
         catalog.publish(make_spec("known"), "x")
-        with pytest.raises(UnknownTable, match="'other'.*known"):
+        with pytest.raises(UnknownTable, match=r"'other'.*known"):
             catalog.entry("other")
 
 

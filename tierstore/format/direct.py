@@ -37,7 +37,7 @@ def open_direct(path: Path, flags: int) -> int:
 
 def write_all(fd: int, path: Path, data: np.ndarray, offset: int) -> None:
     """Write all of `data`, uint8 and page-aligned, at byte `offset`. Raises StorageError."""
-    view = memoryview(data)
+    view = data.data
     done = 0
     while done < len(view):
         try:
@@ -50,7 +50,7 @@ def write_all(fd: int, path: Path, data: np.ndarray, offset: int) -> None:
 
 def read_up_to(fd: int, path: Path, into: np.ndarray, offset: int) -> int:
     """Fill `into`, uint8 and page-aligned, from byte `offset`; fewer bytes only at the file's end."""
-    view = memoryview(into)
+    view = into.data
     done = 0
     while done < len(view):
         try:

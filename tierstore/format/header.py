@@ -144,17 +144,22 @@ def check_sealed(path: Path, pages: bytes, first_page_number: int, uuid: bytes) 
             )
 
 
-def decode_description(path: Path, header: Header, pages: bytes) -> TableSpec:
-    """Description pages of `path` as a TableSpec. Raises FormatError."""
+def read_description(path: Path, header: Header, pages: bytes) -> bytes:
+    """The description's bytes out of its pages. Raises FormatError where a page is damaged."""
     check_sealed(path, pages, 1, header.uuid)
     payload = np.frombuffer(pages, np.uint8).reshape(-1, PAGE_BYTES)[:, :PAYLOAD_BYTES].tobytes()
+    return payload[: header.description_bytes]
+
+
+def decode_description(path: Path, header: Header, description: bytes) -> TableSpec:
+    """The description of `path` as a TableSpec. Raises FormatError."""
     stated: dict[str, Any] = {
         "generation": header.generation.hex(),
         "uuid": header.uuid.hex(),
         "rows": header.geometry.rows,
     }
     try:
-        described = json.loads(payload[: header.description_bytes])
+        described = json.loads(description)
         spec = TableSpec.from_json({**described, **stated})
     except (ValueError, TypeError, FormatError) as error:
         raise FormatError(f"{path}: the table's description cannot be read: {error}") from error

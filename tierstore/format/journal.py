@@ -49,7 +49,9 @@ class Journal:
         for line in lines[1:]:
             first, digests = line["leaves"]
             if first != len(journal.leaves):
-                raise FormatError(f"{path}: leaf {len(journal.leaves)} is missing; use --restart to begin again")
+                raise FormatError(
+                    f"{path}: leaf {len(journal.leaves)} is missing; use --restart to begin again"
+                )
             journal.leaves += [bytes.fromhex(digest) for digest in digests]
         return journal
 

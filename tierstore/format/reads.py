@@ -55,7 +55,7 @@ class SourceFiles:
     def read(self, read: Read, staging: np.ndarray) -> None:
         """Fill staging[read.at : read.at + read.count]. Raises FormatError where the file ends early."""
         fd = self._fd(read.path)
-        view = memoryview(staging)[read.at : read.at + read.count]
+        view = staging.data[read.at : read.at + read.count]
         done = 0
         while done < read.count:
             try:

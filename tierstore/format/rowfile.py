@@ -11,7 +11,13 @@ import numpy as np
 from engram_client.errors import FormatError, StorageError
 from engram_client.spec import TableSpec
 from tierstore.format.geometry import PAGE_BYTES, Geometry
-from tierstore.format.header import Header, decode_description, decode_header, description_pages
+from tierstore.format.header import (
+    Header,
+    decode_description,
+    decode_header,
+    description_pages,
+    read_description,
+)
 
 MAX_DESCRIPTION_BYTES = 64 * 2**20  # far above any hash scheme; bounds what a damaged header can ask for
 
@@ -23,6 +29,7 @@ class RowFile:
     path: Path
     spec: TableSpec
     header: Header
+    description: bytes  # the spec as it is written in the file
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check_size: bool = True) -> RowFile:
@@ -36,15 +43,16 @@ class RowFile:
         try:
             with path.open("rb") as file:
                 header = decode_header(path, file.read(PAGE_BYTES))
-                description = file.read(_description_file_bytes(path, header))
+                pages = file.read(_description_file_bytes(path, header))
                 size_bytes = os.fstat(file.fileno()).st_size
         except OSError as error:
             raise StorageError(f"row file {path} cannot be read: {error.strerror or error}") from error
-        if len(description) < description_pages(header.description_bytes) * PAGE_BYTES:
+        if len(pages) < description_pages(header.description_bytes) * PAGE_BYTES:
             raise FormatError(f"{path} is truncated: {size_bytes} bytes, it ends inside its description")
         if check_size:
             _check_size(path, header.geometry, size_bytes)
-        return cls(path, decode_description(path, header, description), header)
+        description = read_description(path, header, pages)
+        return cls(path, decode_description(path, header, description), header, description)
 
     @property
     def geometry(self) -> Geometry:

@@ -116,7 +116,6 @@ def finish(job: RowFileJob, journal: Journal, folder: Path) -> Path:
         with job.path.open("r+b") as file:
             file.seek(PAGE_BYTES)
             file.write(sealed_pages(description, 1, header.uuid))
-            file.truncate(header.geometry.file_bytes)
             file.flush()
             os.fsync(file.fileno())
             file.seek(0)
@@ -146,9 +145,7 @@ def _check_resumable(job: RowFileJob, journal: Journal, fd: int) -> None:
 class _Pipeline:
     """The buffers and threads of one `write_rows`."""
 
-    def __init__(
-        self, job: RowFileJob, journal: Journal, fd: int, on_safe: OnRows, stack: ExitStack
-    ) -> None:
+    def __init__(self, job: RowFileJob, journal: Journal, fd: int, on_safe: OnRows, stack: ExitStack) -> None:
         self.job, self.journal, self.fd, self.on_safe = job, journal, fd, on_safe
         layout, leaf_pages = job.source.layout, job.header.leaf_pages
         self.staging = [aligned_bytes(job.leaf_rows * layout.row_bytes) for _ in range(DEPTH)]
