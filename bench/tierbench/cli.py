@@ -1,7 +1,7 @@
 """`tierbench NAME ...`: each subcommand is one module in `commands`, imported only when it is called.
 
-Exit codes: 0 done; 1 an error, told in one line on stderr; 2 wrong usage; 130 interrupted. Data goes to
-stdout, progress and errors to stderr.
+Exit codes are those of `tierstore`: 0 done, 1 a problem was found, 2 bad usage, 3 storage or format,
+4 unavailable, 130 interrupted. Data goes to stdout; progress and errors, one line each, to stderr.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from engram_client.errors import TierstoreError
+from tierstore.cli import INTERRUPTED, OK, USAGE, exit_code
 
 FOLDER = Path(__file__).parent / "commands"
 
@@ -43,7 +45,7 @@ def overview() -> str:
             "commands:",
             *lines,
             "",
-            "`tierbench COMMAND --help` tells its options.",
+            "`tierbench COMMAND --help` tells its options; exit codes are those of `tierstore --help`.",
         ]
     )
 
@@ -54,33 +56,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = command_files()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview(), file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
+        return OK if arguments else USAGE
     name, rest = arguments[0], arguments[1:]
     if name not in commands:
         print(f"tierbench: error: unknown command {name!r}; known: {', '.join(commands)}", file=sys.stderr)
-        return 2
+        return USAGE
     return run_command(name, rest)
 
 
 def run_command(name: str, arguments: list[str]) -> int:
+    module = importlib.import_module(f"tierbench.commands.{name.replace('-', '_')}")
+    parser = argparse.ArgumentParser(
+        prog=f"tierbench {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    args = parser.parse_args(arguments)
     try:
-        module = importlib.import_module(f"tierbench.commands.{name.replace('-', '_')}")
-        parser = argparse.ArgumentParser(
-            prog=f"tierbench {name}",
-            description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(parser)
-        return int(module.run(parser.parse_args(arguments)))
+        code = int(module.run(args))
+        sys.stdout.flush()
+        return code
     except TierstoreError as error:
-        print(f"tierbench {name}: error: {error}", file=sys.stderr)
-        return 1
+        print(f"tierbench: {error}", file=sys.stderr)
+        return exit_code(error)
     except KeyboardInterrupt:
-        print(f"tierbench {name}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of stdout has gone, as `head` does
-        sys.stderr.close()
-        return 1
+        print("tierbench: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sysconfig
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,13 @@ Offsets = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def stdlib_text(min_bytes: int | None = None) -> list[str]:
-    """Source files of the standard library, sorted by path; the first ones that hold `min_bytes`.
+    """Source files of the standard library in a fixed order; the first ones that hold `min_bytes`.
 
     Without `min_bytes` all of them. Raises BadRequest where there are fewer bytes than asked for.
     """
     root = Path(sysconfig.get_path("stdlib"))
     documents, total = [], 0
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        if LEFT_OUT.intersection(path.relative_to(root).parts):
-            continue
+    for path in _sources(root):
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
@@ -45,6 +43,15 @@ def stdlib_text(min_bytes: int | None = None) -> list[str]:
     if total < (min_bytes or 1):
         raise BadRequest(f"{root}: holds {total} bytes of Python sources, {min_bytes or 1} were asked for")
     return documents
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    """Python files in `folder` and below, always in the same order."""
+    entries = sorted(folder.iterdir(), key=lambda path: path.name)
+    yield from (path for path in entries if path.suffix == ".py" and path.is_file())
+    for path in entries:
+        if path.name not in LEFT_OUT and path.is_dir():
+            yield from _sources(path)
 
 
 def tokenize_corpus(tokenizer_path: Path, documents: Sequence[str]) -> tuple[Ids, Offsets]:
@@ -82,7 +89,7 @@ def load_trace(path: Path) -> tuple[Ids, Offsets]:
             ids, off = found["ids"], found["off"]
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise FormatError(f"{path}: not a token trace with 'ids' and 'off': {error}") from error
     right = ids.dtype == np.uint32 and off.dtype == np.int64 and ids.ndim == off.ndim == 1 and len(off) > 0
     if not right or off[0] != 0 or off[-1] != len(ids) or np.any(np.diff(off) < 0):

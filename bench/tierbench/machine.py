@@ -60,7 +60,9 @@ def _disk_kind(name: str | None, rotational: str | None) -> str:
         return "no block device (memory, overlay or network)"
     if name.startswith(("vd", "xvd")):
         return "virtual disk; what is behind it is not told"
-    family = "NVMe" if name.startswith("nvme") else "SCSI or SATA" if name.startswith("sd") else "block device"
+    family = (
+        "NVMe" if name.startswith("nvme") else "SCSI or SATA" if name.startswith("sd") else "block device"
+    )
     return f"{family}, {'rotating' if rotational == '1' else 'solid state'}"
 
 

@@ -24,12 +24,12 @@ def file_of(folder: Path, header: Any, data: bytes = b"") -> Path:
     return path
 
 
-def entry(begin: int, end: int, shape: list[int] | None = None, dtype: str = "U8") -> dict[str, Any]:
+def entry(begin: int, end: int, shape: list[Any] | None = None, dtype: str = "U8") -> dict[str, Any]:
     return {"dtype": dtype, "shape": [end - begin] if shape is None else shape, "data_offsets": [begin, end]}
 
 
 def test_finds_what_the_published_library_wrote(tmp_path: Path) -> None:
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "a": np.arange(12, dtype=np.float32).reshape(3, 4),
         "b": np.arange(5, dtype=np.int64),
         "c": np.zeros((0, 4), np.uint8),
