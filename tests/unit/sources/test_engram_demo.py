@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from engram_client.errors import FormatError
-from tierstore.format.sources import open_checkpoint
+from tierstore.format.sources import open_checkpoint, uncovered_tensors
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "engram_demo.json"
 # Heads of layer 1: 5 7 | 11 13; of layer 4: 17 19 | 23 29.
@@ -120,3 +120,8 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path: Path) -> None:
     for path in (tmp_path / "state.pt", tmp_path):
         with pytest.raises(FormatError, match=r"convert it first: python -c .* state\.pt state\.safetensors"):
             open_checkpoint(path)
+
+
+def test_offsets_live_on_in_the_scheme(made: Callable[..., Path]) -> None:
+    path = made({OFFSETS: offsets(0, 5, 12, 23), WEIGHT: weight(), "value_proj.weight": weight(1)})
+    assert uncovered_tensors(path, open_checkpoint(path)) == ["value_proj.weight"]

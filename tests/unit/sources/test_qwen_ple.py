@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from engram_client.errors import FormatError
-from tierstore.format.sources import open_checkpoint
+from tierstore.format.sources import open_checkpoint, uncovered_tensors
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "qwen_ple.json"
 PREFIX = "model.language_model.layers.1.ple.ple_embedding."
@@ -165,3 +165,13 @@ def test_refuses_a_configuration_that_does_not_fit(
 ) -> None:
     with pytest.raises(FormatError, match=says):
         open_checkpoint(made(table(), **changes))
+
+
+def test_what_the_table_keeps_is_not_lost_with_the_file(made: Callable[..., Path]) -> None:
+    other = {
+        "model.language_model.layers.2.ple.ple_embedding.layer_multipliers": int64s(1),
+        "norm": int64s(2),
+    }
+    folder = made(table() | buffers() | other)
+    lost = uncovered_tensors(folder / "model.safetensors", open_checkpoint(folder))
+    assert sorted(lost) == sorted(other)

@@ -22,6 +22,11 @@ def recognises(checkpoint: Checkpoint) -> bool:
     return any(_WEIGHT.match(name) for name in checkpoint.tensors)
 
 
+def lives_on(name: str, layer: int) -> bool:
+    """Whether a packed table of `layer` holds the content of this tensor besides its rows: none does."""
+    return False
+
+
 def read(checkpoint: Checkpoint, options: Options) -> list[TableSource]:
     """One table a layer, named `deepseek-v4.1.layer{L}`."""
     weights = {int(m[1]): t for name, t in checkpoint.tensors.items() if (m := _WEIGHT.match(name))}

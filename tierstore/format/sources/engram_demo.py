@@ -34,6 +34,12 @@ def recognises(checkpoint: Checkpoint) -> bool:
     return any(_WEIGHT.match(name) for name in checkpoint.tensors)
 
 
+def lives_on(name: str, layer: int) -> bool:
+    """Whether the scheme of a packed table of `layer` holds the content of this tensor."""
+    named = _LAYER.search(name)
+    return name.endswith("multi_head_embedding.offsets") and (named is None or int(named[1]) == layer)
+
+
 def read(checkpoint: Checkpoint, options: Options) -> list[TableSource]:
     """One table a layer, named `engram-demo.layer{L}`."""
     weights = [t for name, t in checkpoint.tensors.items() if _WEIGHT.match(name)]

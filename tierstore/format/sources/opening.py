@@ -69,17 +69,27 @@ def _detect(checkpoint: Checkpoint) -> ModuleType:
 
 
 def uncovered_tensors(path: PathLike, sources: Iterable[TableSource]) -> list[str]:
-    """The names of tensors in one .safetensors file of which no row belongs to `sources`.
+    """The names of tensors in one .safetensors file that removing it would lose for good.
 
-    What removing the file would lose for good: `pack --consume` asks before it removes one. The I64
-    hash buffers of a table count as uncovered, though pack keeps their content in the table's scheme.
+    `pack --consume` asks before it removes one. Neither rows of `sources` count as lost, nor the small
+    tensors that live on in them: hash buffers in the scheme, a global scale in the layout.
     """
-    file = Path(path)
+    file, tables = Path(path), list(sources)
     starts = {
         extent.offset
-        for source in sources
-        for extents in source.fields
+        for table in tables
+        for extents in table.fields
         for extent in extents
         if extent.path.resolve() == file.resolve()
     }
-    return [name for name, tensor in read_header(file).items() if tensor.offset not in starts]
+    return [
+        name
+        for name, tensor in read_header(file).items()
+        if tensor.offset not in starts and not any(_lives_on(name, table) for table in tables)
+    ]
+
+
+def _lives_on(name: str, table: TableSource) -> bool:
+    """Whether the table itself holds this tensor's content."""
+    reader = _DETECTED.get(table.model or "")
+    return reader is not None and table.layer is not None and reader.lives_on(name, table.layer)

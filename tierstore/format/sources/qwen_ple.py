@@ -49,6 +49,14 @@ def recognises(checkpoint: Checkpoint) -> bool:
     return any(parts.shards for parts in _collect(checkpoint).values())
 
 
+def lives_on(name: str, layer: int) -> bool:
+    """Whether a packed table of `layer` holds the content of this tensor: its hash, its scale."""
+    match = _PART.match(name)
+    if not match or int(match["layer"]) != layer:
+        return False
+    return bool(_SCALE.match(match["rest"])) or match["rest"].removeprefix("ngram_embedding.") in BUFFERS
+
+
 def read(checkpoint: Checkpoint, options: Options) -> list[TableSource]:
     """One table a layer, named `qwen-ple.layer{L}`."""
     found = {layer: parts for layer, parts in _collect(checkpoint).items() if parts.shards}
