@@ -7,8 +7,8 @@ shape they must have and then passed over, by name. Any other surplus or missing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -79,19 +79,36 @@ def tensor_of(state_dict: StateDict, name: str, ndim: int) -> Tensor:
     return tensor
 
 
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def filled(
+    make: Callable[[], Module], state_dict: StateDict, like: Tensor, dtype: torch.dtype | None
+) -> Module:
+    """The module that `make` describes, filled with the state dict, on the device of `like`.
+
+    Its parameters take `dtype`, or that of `like` (bfloat16 for one-byte weights). They are made
+    without memory first, since filling 150 M of them with random numbers takes longer than loading.
+    """
+    if not like.is_floating_point():
+        raise FormatError(
+            f"state dict: weights must be floating, got {like.dtype}; view FP8 codes as FP8 first"
+        )
+    if dtype is None:
+        dtype = torch.bfloat16 if like.element_size() == 1 else like.dtype
+    with torch.device("meta"):
+        module = make()
+    module = module.to(dtype).to_empty(device=like.device)
+    load_strictly(module, state_dict)
+    return module
+
+
 def load_strictly(module: nn.Module, state_dict: StateDict) -> None:
     """`load_state_dict` with every disagreement raised as one FormatError."""
     try:
         module.load_state_dict(dict(state_dict), strict=True)
     except RuntimeError as error:
         raise FormatError(f"state dict does not fit: {error}") from error
-
-
-def parameter_dtype(weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """`dtype`, or what the checkpoint has; a weight of one byte becomes bfloat16."""
-    if dtype is not None:
-        return dtype
-    return torch.bfloat16 if weight.element_size() == 1 else weight.dtype
 
 
 def unscale(weight: Tensor, scale: Tensor) -> Tensor:
@@ -105,17 +122,18 @@ def unscale(weight: Tensor, scale: Tensor) -> Tensor:
         raise FormatError(
             f"block-scaled weight: both must be matrices, got {list(weight.shape)} and {list(scale.shape)}"
         )
-    factors = _scale_factors(scale)
-    for dim, (size, blocks) in enumerate(zip(weight.shape, scale.shape, strict=True)):
-        width = size // max(blocks, 1)
-        if width * blocks != size or (blocks > 1 and width & (width - 1)):
+    widths = [size // max(blocks, 1) for size, blocks in zip(weight.shape, scale.shape, strict=True)]
+    for dim, (width, blocks) in enumerate(zip(widths, scale.shape, strict=True)):
+        if width * blocks != weight.shape[dim] or (blocks > 1 and width & (width - 1)):
             raise FormatError(
                 f"block-scaled weight: scales {list(scale.shape)} do not cut weights {list(weight.shape)} "
                 f"into blocks of a power of two along dimension {dim}; multiply them yourself and pass the "
                 "whole weight, without its scale"
             )
-        factors = factors.repeat_interleave(width, dim=dim)
-    return weight.float() * factors
+    whole = weight.to(torch.float32, copy=True)
+    blocked = whole.view(scale.shape[0], widths[0], scale.shape[1], widths[1])
+    blocked *= _scale_factors(scale)[:, None, :, None]  # in place: a real wkv is 600 MB in float32
+    return whole
 
 
 def _scale_factors(scale: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ Checked against tests/golden/deepseek_v41_gate.npz.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +24,7 @@ from engram_client.errors import BadRequest
 from engram_client.modules.checkpoint import (
     StateDict,
     TableBeside,
-    load_strictly,
-    parameter_dtype,
+    filled,
     tensor_of,
     under_prefix,
     unscale,
@@ -67,10 +67,8 @@ class DeepseekV41Engram(TableBeside):
         state = under_prefix(state_dict, prefix)
         wkv, q_weight = tensor_of(state, "wkv.weight", 2), tensor_of(state, "q_weight", 2)
         hc_mult, hidden_size = q_weight.shape
-        module = cls(hidden_size=hidden_size, hc_mult=hc_mult, embedding_dim=wkv.shape[1], eps=eps)
-        module = module.to(parameter_dtype(wkv, dtype))
-        load_strictly(module, state)
-        return module
+        sizes = {"hidden_size": hidden_size, "hc_mult": hc_mult, "embedding_dim": wkv.shape[1]}
+        return filled(partial(cls, **sizes, eps=eps), state, wkv, dtype)
 
     def prepare_state(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Fold `wkv.scale` into `wkv.weight`; block sizes follow from both shapes."""

@@ -14,6 +14,7 @@ Checked against the published module's own output (tests/golden/engram_demo_modu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,7 @@ from engram_client.errors import FormatError
 from engram_client.modules.checkpoint import (
     StateDict,
     TableBeside,
-    load_strictly,
-    parameter_dtype,
+    filled,
     tensor_of,
     under_prefix,
 )
@@ -108,7 +108,8 @@ class Engram(TableBeside):
         if resident:
             head_sizes = _head_sizes(state, head_sizes)
             state.setdefault("multi_head_embedding.offsets", MultiHeadEmbedding.offsets_of(head_sizes))
-        module = cls(
+        make = partial(
+            cls,
             hidden_size=value.shape[0],
             hc_mult=max(1, conv.shape[0] // value.shape[0]),
             embedding_dim=value.shape[1],
@@ -116,9 +117,8 @@ class Engram(TableBeside):
             kernel_size=conv.shape[2],
             eps=eps,
             head_sizes=head_sizes if resident else None,
-        ).to(parameter_dtype(value, dtype))
-        load_strictly(module, state)
-        return module
+        )
+        return filled(make, state, value, dtype)
 
     def new_state(self, batch_size: int) -> ConvState:
         """The state before a sequence's first token, on the module's device and in its dtype."""

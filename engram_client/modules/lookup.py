@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engram_client.arrays import to_host
 from engram_client.modules.resident import MultiHeadEmbedding
 
 
@@ -84,7 +85,7 @@ class EngramLookup:
         hash_ids = self.mapping.ngram_keys if by_key else self.mapping.row_ids
         names = hash_ids(token_ids, self.layer_id, dead, lookback=lookback)
         if dead is not None:
-            names = np.where(np.asarray(dead)[..., None], np.int64(-1), names)
+            names = np.where(np.asarray(to_host(dead))[..., None], np.int64(-1), names)
         handle = self.table.prefetch_ngrams(names) if by_key else self.table.prefetch(names)
         return PendingRows(self.table, handle, dead)
 

@@ -19,6 +19,8 @@ conv over flat [hc_mult * D] channels; `ple_embedding.*`, the table and its hash
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,8 +28,7 @@ from torch import Tensor, nn
 from engram_client.modules.checkpoint import (
     StateDict,
     TableBeside,
-    load_strictly,
-    parameter_dtype,
+    filled,
     tensor_of,
     under_prefix,
 )
@@ -84,16 +85,16 @@ class QwenPLE(TableBeside):
         """
         state = under_prefix(state_dict, prefix)
         value, key = tensor_of(state, "value_proj.weight", 2), tensor_of(state, "key_proj.weight", 2)
-        module = cls(
+        make = partial(
+            cls,
             hidden_size=value.shape[0],
             hc_mult=max(1, key.shape[0] // value.shape[0]),
             embedding_dim=value.shape[1],
             ngram_size=ngram_size,
             kernel_size=tensor_of(state, "conv1d.weight", 3).shape[2],
             eps=eps,
-        ).to(parameter_dtype(value, dtype))
-        load_strictly(module, state)
-        return module
+        )
+        return filled(make, state, value, dtype)
 
     def new_state(self, batch_size: int) -> ConvState:
         """The state before a sequence's first token, on the module's device and in its dtype."""

@@ -131,7 +131,9 @@ def test_int8_with_block_scales_of_any_dtype(scale_dtype: str) -> None:
 
 def test_fields_off_their_boundaries() -> None:
     """A scale before an odd number of weights: nothing in the 21-byte rows is aligned."""
-    layout = RowLayout((Field("mark", "uint8", 1), Field("scale", "float32", 1), Field("weight", "float16", 8)))
+    layout = RowLayout(
+        (Field("mark", "uint8", 1), Field("scale", "float32", 1), Field("weight", "float16", 8))
+    )
     rng = np.random.default_rng(3)
     scales = np.ldexp(1.0, rng.integers(-5, 5, (6, 1))).astype(np.float32)
     weights = rng.standard_normal((6, 8)).astype(np.float16)
@@ -221,6 +223,11 @@ def test_layouts_that_cannot_be_decoded(fields: tuple[Field, ...], message: str)
     layout = RowLayout(fields)
     with pytest.raises(FormatError, match=message):
         dequantize(layout, np.zeros((1, layout.row_bytes), np.uint8))
+
+
+def test_rows_are_not_moved_to_another_device() -> None:
+    rows = torch.zeros((3, 264), dtype=torch.uint8, device="meta")
+    assert dequantize(V41, rows).device.type == "meta"
 
 
 @pytest.mark.gpu
