@@ -105,8 +105,11 @@ def _size(
 def _is_finished(out: Path, note: dict[str, Any]) -> bool:
     """Whether this very checkpoint lies there whole. Raises BadRequest where another one does."""
     path = out / NOTE_NAME
-    found = json.loads(path.read_bytes()) if path.exists() else None
-    if found is None:
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        found = None
+    if not isinstance(found, dict):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise BadRequest(f"{out}: exists and was not made by tierbench; choose an empty folder")
         return False

@@ -19,6 +19,7 @@ from engram_client.spec import HashScheme
 from tierbench.content import Content, Literal, Random
 from tierstore.format.sources.safetensors import DTYPE_BYTES
 
+ROWS_PER_HEAD_MAX = 1 << 40
 STREAMS = 4  # hc_mult of all three models
 EMBED_SCALE = Random("e8m0", low=119)  # 127, which is 2^0, give or take eight
 PROJECTION_SCALE = Random("e8m0", low=94)  # keeps the projected values near one
@@ -60,9 +61,9 @@ class Size:
     compressed_vocab_size: int = 99092
 
     def __post_init__(self) -> None:
-        if self.rows_per_head < 2 or self.hidden_size < 32 or self.hidden_size % 32:
+        if not 2 <= self.rows_per_head <= ROWS_PER_HEAD_MAX or self.hidden_size < 32 or self.hidden_size % 32:
             raise BadRequest(
-                f"need at least 2 rows per head and a hidden size that is a multiple of 32; got "
+                f"need 2 to {ROWS_PER_HEAD_MAX} rows per head and a hidden size that is a multiple of 32; got "
                 f"{self.rows_per_head} and {self.hidden_size}"
             )
 

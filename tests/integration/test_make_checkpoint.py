@@ -148,6 +148,10 @@ def test_another_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "mine" / "model.safetensors").write_bytes(b"precious")
     with pytest.raises(BadRequest, match="was not made by tierbench"):
         make(tmp_path / "mine", "qwen-ple")
+    (tmp_path / "mine" / making.NOTE_NAME).write_text("not ours")
+    for occupied in (tmp_path / "mine", tmp_path / "mine" / "model.safetensors"):
+        with pytest.raises(BadRequest, match="was not made by tierbench"):
+            make(occupied, "qwen-ple")
     assert (tmp_path / "mine" / "model.safetensors").read_bytes() == b"precious"
 
 
