@@ -63,7 +63,7 @@ class Size:
     def __post_init__(self) -> None:
         if not 2 <= self.rows_per_head <= ROWS_PER_HEAD_MAX or self.hidden_size < 32 or self.hidden_size % 32:
             raise BadRequest(
-                f"need 2 to {ROWS_PER_HEAD_MAX} rows per head and a hidden size that is a multiple of 32; got "
+                f"need 2 to {ROWS_PER_HEAD_MAX} rows per head and a hidden size of 32, 64, 96, ...; got "
                 f"{self.rows_per_head} and {self.hidden_size}"
             )
 
