@@ -95,7 +95,7 @@ def test_the_map_grows_when_it_is_full(tmp_path: Path, monkeypatch: pytest.Monke
 WRITER = """
 import sys
 sys.path.insert(0, sys.argv[2])
-from test_catalog import make_spec
+from tests.unit.test_catalog import make_spec
 from tierstore.catalog import Catalog
 with Catalog.open(sys.argv[1]) as catalog:
     for i in range(20):
@@ -106,7 +106,7 @@ with Catalog.open(sys.argv[1]) as catalog:
 def test_a_reader_follows_a_writer_in_another_process_that_grows_the_map(tmp_path: Path) -> None:
     with Catalog.open(tmp_path, create=True) as catalog:
         assert catalog.tables() == {}
-        command = [sys.executable, "-c", WRITER, str(tmp_path), str(Path(__file__).parent)]
+        command = [sys.executable, "-c", WRITER, str(tmp_path), str(Path(__file__).parents[2])]
         subprocess.run(command, check=True)
         assert len(catalog.tables()) == 20
 
