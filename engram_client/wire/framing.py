@@ -16,6 +16,8 @@ ROWS_TAG = (pb.LookupResponse.ROWS_FIELD_NUMBER << 3) | 2  # 2: length-delimited
 
 def encode_rows(rows: np.ndarray) -> bytes:
     """A LookupResponse holding `rows`, uint8 C-contiguous of any shape."""
+    if not rows.nbytes:
+        return b""  # protobuf leaves an empty field out
     return b"".join((bytes([ROWS_TAG]) + _varint(rows.nbytes), rows.reshape(-1).data))
 
 

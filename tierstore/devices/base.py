@@ -24,8 +24,8 @@ class PageReader(Protocol):
         """Run i, `page_counts[i]` pages from page `first_pages[i]` on, lands at slot `slots[i]`.
 
         Arrays int64 [runs]; `buffer` is the address of a page-aligned buffer of 4096-byte slots.
-        Returns when every page has landed. Raises PageReadFailed; then no read is under way and
-        the buffer's content is undefined.
+        Returns when every page has landed. Raises PageReadFailed or DeadlineExceeded; then no
+        read is under way and the buffer's content is undefined.
         """
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """Page reads by a bounded pool of threads, each inside one `nogil` kernel that calls pread(2).
 
 The runs of a request are dealt out in contiguous shares, so a thread is woken once for several
-reads. A request too small to share is read by the thread that asked.
+reads. A request too small to share is read by the thread that asked. The deadline is looked at
+before each read; one that has begun cannot be taken back, so a disk that hangs hangs its reader.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from engram_client.deadline import Deadline
 from tierstore.devices.base import PageReadFailed
-from tierstore.kernels.pread import read_runs
+from tierstore.kernels.pread import ETIME, read_runs
 
 RUNS_PER_SHARE_MIN = 2  # waking a thread costs about as much as a read
 
@@ -34,14 +35,17 @@ class PreadReader:
         buffer: int,
         deadline: Deadline,
     ) -> None:
-        deadline.check("waiting for the disk")
+        stop_at_ns = deadline.at_ns()
 
         def read_share(start: int, stop: int) -> tuple[int, int]:
             failed_page = np.zeros(1, np.int64)
-            error = read_runs(fd, first_pages, page_counts, slots, start, stop, buffer, failed_page)
+            share = (first_pages, page_counts, slots, start, stop)
+            error = read_runs(fd, *share, buffer, stop_at_ns, failed_page)
             return int(error), int(failed_page[0])
 
         for error, page in self._share_out(read_share, first_pages.size):
+            if error == ETIME:
+                raise deadline.exceeded("reading pages")
             if error:
                 raise PageReadFailed(page, error)
 

@@ -61,14 +61,31 @@ class NvmeTier:
     def _read_window(
         self, table: RowFile, file: OpenFile, window: Window, staging: Staging, deadline: Deadline
     ) -> None:
-        buffer = staging.pages.ctypes.data
         runs = (window.run_first_pages, window.run_page_counts, window.run_slots)
         try:
-            self._reader.read(file.fd, *runs, buffer, deadline)
+            self._reader.read(file.fd, *runs, staging.pages.ctypes.data, deadline)
+        except PageReadFailed:
+            self._counters.add(nvme_read_errors=1)
+            self._read_singly(table, file, window.pages, window.page_slots, staging, deadline)
+        else:
+            self._counters.add(nvme_reads=window.run_slots.size, nvme_bytes=window.pages_read * 4096)
+
+    def _read_singly(
+        self,
+        table: RowFile,
+        file: OpenFile,
+        pages: np.ndarray,
+        slots: np.ndarray,
+        staging: Staging,
+        deadline: Deadline,
+    ) -> None:
+        """The wanted pages once more, each by itself: one that nobody wants must not fail the others."""
+        try:
+            self._reader.read(file.fd, pages, np.ones_like(pages), slots, staging.pages.ctypes.data, deadline)
         except PageReadFailed as failure:
             self._counters.add(nvme_read_errors=1)
             raise _read_error(table, failure) from failure
-        self._counters.add(nvme_reads=window.run_slots.size, nvme_bytes=window.pages_read * 4096)
+        self._counters.add(nvme_reads=pages.size, nvme_bytes=pages.size * 4096)
 
     def _check_window(
         self, table: RowFile, file: OpenFile, window: Window, staging: Staging, deadline: Deadline
@@ -78,22 +95,12 @@ class NvmeTier:
         bad = first_bad_slot(*checked, 0, *table.uuid_words)
         while bad >= 0:
             self._counters.add(nvme_checksum_failures=1)
-            self._read_again(
-                table, file, int(window.pages[bad]), int(window.page_slots[bad]), staging, deadline
-            )
+            page, slot = window.pages[bad : bad + 1], window.page_slots[bad : bad + 1]
+            self._read_singly(table, file, page, slot, staging, deadline)
             again = first_bad_slot(*checked, bad, *table.uuid_words)
             if again == bad:
                 raise _corrupt(table, int(window.pages[bad]))
             bad = again
-
-    def _read_again(
-        self, table: RowFile, file: OpenFile, page: int, slot: int, staging: Staging, deadline: Deadline
-    ) -> None:
-        one = np.ones(1, np.int64)
-        try:
-            self._reader.read(file.fd, one * page, one, one * slot, staging.pages.ctypes.data, deadline)
-        except PageReadFailed as failure:
-            raise _read_error(table, failure) from failure
 
 
 def _copy_rows(table: RowFile, plan: ReadPlan, window: Window, staging: Staging, out: int) -> None:
