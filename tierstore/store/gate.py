@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from types import TracebackType
 
@@ -16,17 +17,24 @@ class Gate:
         self._inside = 0
         self._closed = False
         self._changed = threading.Condition()
+        self._pid = os.getpid()
 
     @property
     def closed(self) -> bool:
         return self._closed
 
     def check(self) -> None:
-        """Raises Unavailable once closed."""
+        """Raises Unavailable once closed, and in a forked child, where threads and locks are dead."""
+        if self._pid != os.getpid():
+            raise Unavailable(
+                f"{self._what} was opened by process {self._pid}, of which this process is a fork; "
+                "connect to a daemon, or fork before connecting"
+            )
         if self._closed:
             raise Unavailable(f"{self._what} is closed")
 
     def __enter__(self) -> None:
+        self.check()
         with self._changed:
             self.check()
             self._inside += 1
