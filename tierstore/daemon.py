@@ -32,6 +32,7 @@ async def _serve(directory: Path, config: Config, ready: Callable[[list[str]], N
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stopping)
     store, release = open_store(directory, config)
     try:
+        store.warm_up()
         server = Server(store)
         await server.start()
         ready(server.addresses)

@@ -48,6 +48,19 @@ def write_all(fd: int, path: Path, data: np.ndarray, offset: int) -> None:
             raise write_error(path, error, len(view) - done) from error
 
 
+def reserve(fd: int, path: Path, offset: int, count: int) -> None:
+    """Have the file system set bytes aside, so that a full disk shows before they are written.
+
+    It also lets writes to one file run side by side, which those that extend it cannot. File
+    systems that cannot do it are left alone. Raises StorageError where there is no room.
+    """
+    try:
+        os.posix_fallocate(fd, offset, count)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise write_error(path, error, count) from error
+
+
 def read_up_to(fd: int, path: Path, into: np.ndarray, offset: int) -> int:
     """Fill `into`, uint8 and page-aligned, from byte `offset`; fewer bytes only at the file's end."""
     view = into.data

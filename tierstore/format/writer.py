@@ -23,7 +23,7 @@ import numpy as np
 
 from engram_client.errors import FormatError
 from engram_client.spec import TableSpec
-from tierstore.format.direct import aligned_bytes, open_direct, sync_folder, write_all, write_error
+from tierstore.format.direct import aligned_bytes, open_direct, reserve, sync_folder, write_all, write_error
 from tierstore.format.geometry import PAGE_BYTES, PAYLOAD_BYTES, Geometry
 from tierstore.format.header import LEAF_PAGES, Header, description_of, description_pages, sealed_pages
 from tierstore.format.journal import Journal
@@ -171,6 +171,8 @@ class _Pipeline:
             pages, filled = self._pack(i)
             if i + DEPTH < leaves:
                 reads[i + DEPTH] = self.reader.submit(self._read, i + DEPTH)
+            if not unsafe:
+                self._reserve(i)
             writes[i] = self.writer.submit(self._write, i, filled)
             unsafe.append((writes[i], leaf_digest(pages[:filled])))
             on_packed(self.job.rows_in(i + 1))
@@ -204,6 +206,13 @@ class _Pipeline:
             self.staging[leaf % DEPTH], self.starts, self.sizes, rows, per, pages, number, *header.uuid_words
         )
         return pages, filled
+
+    def _reserve(self, leaf: int) -> None:
+        """Set aside the bytes that are written until the journal's next entry."""
+        geometry, leaf_bytes = self.job.header.geometry, self.pages[0].size
+        start = geometry.first_page * PAGE_BYTES + leaf * leaf_bytes
+        count = -(-self.job.sync_bytes // leaf_bytes) * leaf_bytes
+        reserve(self.fd, self.job.path, start, min(count, geometry.file_bytes - start))
 
     def _write(self, leaf: int, filled: int) -> None:
         number = self.job.header.geometry.first_page + leaf * self.job.header.leaf_pages

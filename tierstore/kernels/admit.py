@@ -1,8 +1,9 @@
 """Writing records into an arena, and choosing which one goes.
 
 Replacement is CLOCK within a set: the hand passes over ways that were read since it last came by,
-taking their mark, and stops at the first that was not. New records come in unmarked, so a record
-that is never read again leaves before one that is.
+taking their mark, and stops at the first that was not. A record that a look-up brought in comes
+unmarked, so one that is never read again leaves before one that is. A record that a hint brought
+in is known to be wanted: it comes marked, or it would leave before it was ever used.
 
 A writer makes the set's sequence odd, changes the set, and makes it even again; readers that
 overlap throw their copy away. Writers of one arena must hold its lock.
@@ -66,7 +67,7 @@ def empty_if_abandoned(line):
 
 
 @inline_kernel
-def write_record(line, slot, way, tag, key, owner, source, record_bytes):
+def write_record(line, slot, way, tag, key, owner, source, record_bytes, mark):
     """Put one record into a way, invisible to readers until it is whole."""
     sequence = load_word(line + SEQUENCE_AT)
     store_word(line + SEQUENCE_AT, sequence + 1)
@@ -75,17 +76,17 @@ def write_record(line, slot, way, tag, key, owner, source, record_bytes):
     store_word(slot + OWNER_AT, owner)
     copy_bytes(slot + RECORD_AT, source, record_bytes)
     store_half(line + TAGS_AT + 2 * way, tag)
-    store_byte(line + VISITED_AT + way, 0)
+    store_byte(line + VISITED_AT + way, mark)
     store_release(line + SEQUENCE_AT, sequence + 2)
 
 
 @kernel
-def admit_records(index, slots, sets, slot_bytes, record_bytes, keys, owners, source, places, counts):
+def admit_records(index, slots, sets, slot_bytes, record_bytes, keys, owners, source, places, mark, counts):
     """Write records into the arena; one already there is left alone.
 
     Addresses (int64): `index`, `slots`, and `source`, where record i starts at
-    source + places[i] * record_bytes. `keys`, `owners`, `places` int64 [n]. Adds to `counts`
-    (ADMITTED, EVICTED).
+    source + places[i] * record_bytes. `keys`, `owners`, `places` int64 [n]; `mark` 1 for records
+    that are wanted soon, else 0. Adds to `counts` (ADMITTED, EVICTED).
     """
     for i in range(keys.size):
         h = mix(keys[i], owners[i])
@@ -102,5 +103,5 @@ def admit_records(index, slots, sets, slot_bytes, record_bytes, keys, owners, so
             counts[EVICTED] += 1
         write_record(
             line, set_slots + way * slot_bytes, way, tag, keys[i], owners[i],
-            source + places[i] * record_bytes, record_bytes,
+            source + places[i] * record_bytes, record_bytes, mark,
         )  # fmt: skip

@@ -8,8 +8,7 @@ import socket
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from engram_client.client import SOCKET_PATH_BYTES_MAX
@@ -34,7 +33,7 @@ class Server:
     def __init__(self, store: Store) -> None:
         self._config: Config = store.config
         self._service = MemoryService(store)
-        self._health = health.HealthServicer()
+        self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=OPTIONS_FIXED)
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,10 +22,22 @@ from tierstore.tiers.staging import Staging, StagingPool
 class Wanted:
     """The distinct records behind a batch of missing entries."""
 
-    positions: np.ndarray  # of the entries in the request, int64 [n]
-    inverse: np.ndarray  # which record each entry wants, int64 [n]
+    positions: np.ndarray  # of the entries in the request, int64 [n], those of one record together
+    inverse: np.ndarray  # which record each entry wants, int64 [n], ascending
     entries: np.ndarray  # key or row id of each record, int64 [m]
     owners: np.ndarray  # int64 [m]
+
+    def parts(self, records_max: int) -> Iterator[Wanted]:
+        """The same records, so many at a time, each with its entries."""
+        for start in range(0, self.entries.size, records_max):
+            stop = start + records_max
+            low, high = np.searchsorted(self.inverse, (start, stop))
+            yield Wanted(
+                self.positions[low:high],
+                self.inverse[low:high] - start,
+                self.entries[start:stop],
+                self.owners[start:stop],
+            )
 
 
 def distinct_records(access: Access, ids: np.ndarray, positions: np.ndarray) -> Wanted:
@@ -34,7 +47,8 @@ def distinct_records(access: Access, ids: np.ndarray, positions: np.ndarray) -> 
     first, inverse = np.empty_like(entries), np.empty_like(entries)
     count = find_distinct(entries, owners, places, first, inverse)
     first = first[:count]
-    return Wanted(positions, inverse, entries[first], owners[first])
+    by_record = np.argsort(inverse, kind="stable")
+    return Wanted(positions[by_record], inverse[by_record], entries[first], owners[first])
 
 
 class Filler:
@@ -56,13 +70,14 @@ class Filler:
         deadline: Deadline,
     ) -> None:
         """Serve the entries `ids[misses]`; with `out` None the records only go to DRAM."""
-        batch = max(1, self._staging.record_bytes // access.entry_bytes)
+        records_max = self._staging.record_bytes // access.entry_bytes
         while misses.size:
-            now, misses = misses[:batch], misses[batch:]
-            while now.size:
-                now = self._fill_some(access, arena, distinct_records(access, ids, now), ids, out, deadline)
+            wanted = distinct_records(access, ids, misses)
+            parts = wanted.parts(records_max)
+            left = [self._fill_part(access, arena, part, ids, out, deadline) for part in parts]
+            misses = np.concatenate(left)
 
-    def _fill_some(
+    def _fill_part(
         self,
         access: Access,
         arena: Arena | None,
@@ -107,7 +122,7 @@ class Filler:
             places = place_of[wanted.inverse[served]]
             copy_parts(records, places, access.entry_bytes, *access.part, wanted.positions[served], out)
         if arena is not None:
-            arena.admit(entries, owners, records, np.arange(entries.size))
+            arena.admit(entries, owners, records, np.arange(entries.size), wanted_soon=out is None)
 
     def _look_again(
         self,

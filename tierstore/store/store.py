@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -80,6 +81,22 @@ class Store:
         staging = StagingPool(config.nvme.staging_bytes, max(sizes, default=0))
         self._filler = Filler(nvme, staging, InFlight(), self.counters)
         self._hints = HintQueue(config.prefetch.workers, config.limits.prefetch_queue_max, self._serve_hint)
+
+    def warm_up(self) -> None:
+        """Look up one key of every table: kernels are compiled and the disk is known to answer.
+
+        Raises StorageError or DataCorrupt where a table's first page cannot be had. Leaves no
+        trace in the counters.
+        """
+        for table in self._tables.values():
+            spec = table.spec
+            by_key = spec.addressing == "record" and spec.scheme is not None
+            shape = (1, spec.scheme.orders) if by_key and spec.scheme else (1,)
+            ids = np.zeros(shape, np.int64)
+            out = np.empty(ids.size * spec.record_bytes, np.uint8)
+            address: Literal["ngram", "row"] = "ngram" if by_key else "row"
+            self.lookup(LookupRequest(spec.name, spec.generation, address, ids), out)
+        self.counters.reset()
 
     def tables(self) -> dict[str, TableSpec]:
         """Every table served, by name."""
@@ -163,6 +180,8 @@ class Store:
         except Exception:
             self.counters.add(hints_failed=1)
             raise
+        finally:
+            self.counters.add(hints_done=1)
 
     def _arena(self, access: Access) -> Arena | None:
         return self._dram.arena(access.entry_bytes) if access.cached else None

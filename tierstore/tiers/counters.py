@@ -17,6 +17,7 @@ NAMES = (
     "hints_accepted",
     "hints_dropped",  # the queue was full
     "hints_failed",
+    "hints_done",  # worked off, failed ones included
     "in_flight_waits",  # records another request was already reading
     "records_read",  # records put together from NVMe
     "records_admitted",  # into DRAM
@@ -42,6 +43,10 @@ class Counters:
         with self._lock:
             for name, amount in amounts.items():
                 self._totals[name] += int(amount)
+
+    def reset(self) -> None:
+        with self._lock:
+            self._totals = dict.fromkeys(NAMES, 0)
 
     def snapshot(self) -> dict[str, int]:
         with self._lock:

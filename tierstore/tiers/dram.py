@@ -49,12 +49,14 @@ class Arena:
         missed = read_records(*where, keys, owner, orders, *part, out, misses, counts)
         return misses[:missed], int(counts[MASKED])
 
-    def admit(self, keys: np.ndarray, owners: np.ndarray, source: int, places: np.ndarray) -> None:
+    def admit(
+        self, keys: np.ndarray, owners: np.ndarray, source: int, places: np.ndarray, *, wanted_soon: bool
+    ) -> None:
         """Take in records; record i is `record_bytes` at address `source`, place `places[i]`."""
         g, counts = self.geometry, np.zeros(2, np.int64)
         where = (self._index, self._slots, g.sets, g.slot_bytes, g.record_bytes)
         with self._writing:
-            admit_records(*where, keys, owners, source, places, counts)
+            admit_records(*where, keys, owners, source, places, int(wanted_soon), counts)
         self._counters.add(records_admitted=counts[ADMITTED], records_evicted=counts[EVICTED])
 
 

@@ -14,6 +14,7 @@ from engram_client.deadline import Deadline
 from engram_client.errors import ConfigError
 from tierstore.format.geometry import PAGE_BYTES
 
+PAGES_BYTES_MAX = 8 << 20
 BUFFERS_MAX = 4  # concurrent readers; more share the disk no better
 
 
@@ -30,22 +31,27 @@ class Staging:
 
 
 class StagingPool:
-    """`BUFFERS_MAX` stagings that together take `budget_bytes`, half pages, half records."""
+    """`BUFFERS_MAX` stagings that together take `budget_bytes`.
+
+    Pages get half of it, at most `PAGES_BYTES_MAX` each: enough to keep a disk busy. Records get the
+    rest: the more of them are put together at once, the closer together the pages they need.
+    """
 
     def __init__(self, budget_bytes: int, record_bytes_max: int) -> None:
         """Raises ConfigError where a buffer could not hold the largest record and its pages."""
-        share = budget_bytes // BUFFERS_MAX // 2 // PAGE_BYTES * PAGE_BYTES
-        if share < max(record_bytes_max, PAGE_BYTES):
+        share = budget_bytes // BUFFERS_MAX // PAGE_BYTES * PAGE_BYTES
+        pages_bytes = min(share // 2 // PAGE_BYTES * PAGE_BYTES, PAGES_BYTES_MAX)
+        if pages_bytes < PAGE_BYTES or share - pages_bytes < record_bytes_max:
             raise ConfigError(
                 f"$.nvme.staging_bytes: {budget_bytes} leaves {share} bytes a buffer, the largest record has "
                 f"{record_bytes_max}; give at least {2 * BUFFERS_MAX * (record_bytes_max + PAGE_BYTES)}"
             )
-        self.record_bytes = share
+        self.record_bytes = share - pages_bytes
         self._free: queue.LifoQueue[Staging] = queue.LifoQueue()
         for _ in range(BUFFERS_MAX):
-            memory = np.frombuffer(mmap.mmap(-1, 2 * share), np.uint8)
-            pages = memory[:share].view(np.uint64).reshape(-1, PAGE_BYTES // 8)
-            self._free.put(Staging(pages, memory[share:]))
+            memory = np.frombuffer(mmap.mmap(-1, share), np.uint8)
+            pages = memory[:pages_bytes].view(np.uint64).reshape(-1, PAGE_BYTES // 8)
+            self._free.put(Staging(pages, memory[pages_bytes:]))
 
     @contextmanager
     def take(self, deadline: Deadline) -> Iterator[Staging]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from engram_client import Table
 from engram_client.modules import DeepseekV41Engram
@@ -19,8 +19,9 @@ class Gate:
         prefix = f"layers.{layer}.engram."
         tensors: dict[str, torch.Tensor] = {}
         for shard in sorted(checkpoint.glob("*.safetensors")):
-            found = load_file(shard) if _holds(shard, prefix + "wkv.weight") else {}
-            tensors.update({k: v for k, v in found.items() if k.startswith(prefix) and ".embed." not in k})
+            with safe_open(shard, "pt") as file:
+                names = [n for n in file.keys() if n.startswith(prefix) and ".embed." not in n]  # noqa: SIM118
+                tensors |= {name: file.get_tensor(name) for name in names}
         self._module = DeepseekV41Engram.from_state_dict(tensors, prefix=prefix)
         self._shape = tensors[prefix + "q_weight"].shape  # [hc_mult, hidden size]
         self._random = torch.Generator().manual_seed(layer)
@@ -36,8 +37,3 @@ class Gate:
             out = self._module(hidden, embeddings)
             assert bool(torch.isfinite(out).all()), "the gate gave a result that is not finite"
             return float((out - hidden).float().square().mean().sqrt())
-
-
-def _holds(shard: Path, name: str) -> bool:
-    with open(shard, "rb") as file:
-        return name.encode() in file.read(int.from_bytes(file.read(8), "little"))

@@ -28,7 +28,7 @@ def content(keys: np.ndarray, version: int = 0) -> np.ndarray:
 
 def admit(arena: Arena, keys: np.ndarray, owner: int = OWNER) -> None:
     rows = content(keys)
-    arena.admit(keys, np.full(keys.size, owner), rows.ctypes.data, np.arange(keys.size))
+    arena.admit(keys, np.full(keys.size, owner), rows.ctypes.data, np.arange(keys.size), wanted_soon=False)
 
 
 def read(arena: Arena, keys: np.ndarray, owner: int = OWNER, **part: Any) -> tuple[np.ndarray, set[int], int]:
