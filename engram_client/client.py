@@ -7,7 +7,8 @@ import weakref
 from types import TracebackType
 from urllib.parse import urlsplit
 
-from engram_client.errors import BadRequest
+from engram_client.deadline import Deadline
+from engram_client.errors import BadRequest, Unavailable
 from engram_client.prefetch import Prefetcher
 from engram_client.spec import TableSpec
 from engram_client.table import Table
@@ -18,21 +19,33 @@ SOCKET_PATH_BYTES_MAX = 107  # of sockaddr_un, without its final zero
 PREFETCH_THREADS = 4
 
 
-def connect(target: str, *, prefetch_handles_max: int = 64) -> Client:
+def connect(target: str, *, prefetch_handles_max: int = 64, wait_s: float = 0.0) -> Client:
     """Connect to `target`: "local:DIR", "unix:PATH" or "tcp://HOST:PORT".
 
     "local:DIR" opens the store directory in this process; the others reach a daemon, which is
-    asked for its tables at once. `prefetch_handles_max` bounds the handles open at a time.
+    asked for its tables at once. `prefetch_handles_max` bounds the handles open at a time. With
+    `wait_s` a daemon that is not there yet is waited for that many seconds.
+
     Raises BadRequest for a target of another form, Unavailable where no daemon answers, StoreLocked
     where another process has the directory.
     """
     client = Client(_transport(target), target, prefetch_handles_max)
     try:
-        client.tables()
+        _await_tables(client, Deadline.after(wait_s))
     except BaseException:
         client.close()
         raise
     return client
+
+
+def _await_tables(client: Client, deadline: Deadline) -> None:
+    while True:
+        try:
+            client.tables()
+            return
+        except Unavailable:
+            if not deadline.remaining_s():
+                raise
 
 
 class Client:
