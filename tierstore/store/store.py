@@ -7,31 +7,41 @@ hands the rest to the filler, which reads each missing record once. No lock is h
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from engram_client.deadline import Deadline
-from engram_client.errors import BadRequest, BatchTooLarge, UnknownTable
+from engram_client.errors import BadRequest, BatchTooLarge, StorageError, UnknownTable
 from engram_client.spec import TableSpec
 from engram_client.transport.base import LookupRequest
 from tierstore.catalog import Catalog
 from tierstore.config import Config
-from tierstore.devices.files import open_for_reads
+from tierstore.devices.base import PageReader
 from tierstore.devices.pread import PreadReader
-from tierstore.format.rowfile import RowFile
 from tierstore.store.fill import Filler, read_scattered
 from tierstore.store.gate import Gate
 from tierstore.store.hints import HintQueue
 from tierstore.store.in_flight import InFlight
 from tierstore.store.lock import acquire_store_lock
+from tierstore.store.opening import open_tables
 from tierstore.store.table import Access, ServedTable
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.dram import Arena, DramTier
 from tierstore.tiers.nvme import NvmeTier
 from tierstore.tiers.staging import StagingPool
+
+log = logging.getLogger(__name__)
+MakeReader = Callable[[Config], PageReader]
+
+
+def pread_reader(config: Config) -> PageReader:
+    """The page reader every kernel allows."""
+    return PreadReader(config.nvme.read_threads)
 
 
 class Store:
@@ -40,38 +50,29 @@ class Store:
     Use `tierstore.store.open_store`, which shares one Store a directory and process.
     """
 
-    def __init__(self, directory: Path, config: Config) -> None:
+    def __init__(self, directory: Path, config: Config, make_reader: MakeReader = pread_reader) -> None:
         self.directory = directory
         self.config = config
         self.counters = Counters()
+        with Catalog.open(directory) as catalog:  # first: what is not a store gets no lock file
+            entries = catalog.tables().values()
         self._lock_file = acquire_store_lock(directory)
-        self._numbers = itertools.count(1)
         self._gate = Gate(f"store {directory}")
         self._tables: dict[str, ServedTable] = {}
         try:
-            self._open_tables()
-            self._start_tiers()
+            self._tables, self._broken = open_tables(entries, config.nvme.direct, itertools.count(1))
+            self._start_tiers(make_reader)
         except BaseException:
-            self._close_tables()
-            self._lock_file.close()
+            self._close_files()
             raise
 
-    def _open_tables(self) -> None:
-        with Catalog.open(self.directory) as catalog:
-            entries = catalog.tables()
-        for name, entry in entries.items():
-            if name not in self._tables:
-                row_file = RowFile.open(entry.path)
-                file = open_for_reads(entry.path, self.config.nvme.direct)
-                self._tables[name] = ServedTable(row_file, file, next(self._numbers))
-
-    def _start_tiers(self) -> None:
+    def _start_tiers(self, make_reader: MakeReader) -> None:
         config = self.config
         sizes: Counter[int] = Counter()
         for table in self._tables.values():
             sizes[table.spec.record_bytes] += table.spec.rows * table.spec.row_bytes
         self._dram = DramTier(config.dram.budget_bytes, sizes, self.counters)
-        self._reader = PreadReader(config.nvme.read_threads)
+        self._reader = make_reader(config)
         nvme = NvmeTier(
             self._reader,
             self.counters,
@@ -85,7 +86,7 @@ class Store:
     def warm_up(self) -> None:
         """Look up one key of every table: kernels are compiled and the disk is known to answer.
 
-        Raises StorageError or DataCorrupt where a table's first page cannot be had. Leaves no
+        A table whose first rows cannot be read is logged, as its other rows may be good. Leaves no
         trace in the counters.
         """
         for table in self._tables.values():
@@ -95,7 +96,10 @@ class Store:
             ids = np.zeros(shape, np.int64)
             out = np.empty(ids.size * spec.record_bytes, np.uint8)
             address: Literal["ngram", "row"] = "ngram" if by_key else "row"
-            self.lookup(LookupRequest(spec.name, spec.generation, address, ids), out)
+            try:
+                self.lookup(LookupRequest(spec.name, spec.generation, address, ids), out)
+            except StorageError as error:
+                log.error("table %r is damaged: %s", spec.name, error)
         self.counters.reset()
 
     def tables(self) -> dict[str, TableSpec]:
@@ -103,15 +107,16 @@ class Store:
         return {name: table.spec for name, table in self._tables.items()}
 
     def table(self, name: str) -> ServedTable:
-        """One table. Raises UnknownTable, naming those there are."""
-        try:
-            return self._tables[name]
-        except KeyError:
-            have = ", ".join(sorted(self._tables)) or "none"
-            raise UnknownTable(
-                f"no table {name!r} is served from {self.directory}; served: {have}; "
-                "a table packed after the start is served from the next start on"
-            ) from None
+        """One table. Raises UnknownTable, naming those there are; what is wrong with a damaged one."""
+        if table := self._tables.get(name):
+            return table
+        if error := self._broken.get(name):
+            raise type(error)(f"table {name!r} is not served: {error}")
+        have = ", ".join(sorted(self._tables)) or "none"
+        raise UnknownTable(
+            f"no table {name!r} is served from {self.directory}; served: {have}; "
+            "a table packed after the start is served from the next start on"
+        )
 
     def lookup(self, request: LookupRequest, out: np.ndarray, timeout_s: float | None = None) -> None:
         """Fill `out` (uint8, C-contiguous) with the rows asked for, zeros for -1.
@@ -135,7 +140,7 @@ class Store:
         else:
             misses = np.flatnonzero(ids >= 0)
             masked = ids.size - misses.size
-            out.reshape(ids.size, -1)[ids < 0] = 0
+            out.reshape(ids.size, access.part[1])[ids < 0] = 0
         hits = ids.size - masked - misses.size
         self.counters.add(lookups=1, keys=ids.size, masked=masked, dram_hits=hits, dram_misses=misses.size)
         return access, misses
@@ -202,8 +207,11 @@ class Store:
 
     def stats(self) -> dict[str, int]:
         """Counters since the store was opened, and the sizes of the tiers."""
+        self._gate.check()
         return {
             **self.counters.snapshot(),
+            "tables_served": len(self._tables),
+            "tables_damaged": len(self._broken),
             "dram_bytes": self._dram.total_bytes,
             "dram_budget_bytes": self.config.dram.budget_bytes,
             "dram_capacity_records": self._dram.capacity_records,
@@ -211,13 +219,16 @@ class Store:
 
     def close(self) -> None:
         """Finish what runs and let go of the directory; idempotent."""
-        if not self._gate.close():
-            return
         self._hints.close()
-        self._reader.close()
-        self._close_tables()
-        self._lock_file.close()
+        if self._gate.close():
+            self._reader.close()
+            self._close_files()
 
-    def _close_tables(self) -> None:
+    def disown_after_fork(self) -> None:
+        """In a forked child: let go of the parent's files, above all of its lock."""
+        self._close_files()
+
+    def _close_files(self) -> None:
         for table in self._tables.values():
             table.close()
+        self._lock_file.close()

@@ -66,14 +66,10 @@ class DramTier:
     def __init__(self, budget_bytes: int, table_bytes: dict[int, int], counters: Counters) -> None:
         """`table_bytes`: for each record size in bytes, the bytes of all tables that have it.
 
-        A budget of 0 caches nothing. Raises ConfigError where a share holds not even one set.
+        A budget of 0 caches nothing. Raises ConfigError where not every size gets one set.
         """
-        total = sum(table_bytes.values())
-        self._arenas: dict[int, Arena] = {}
-        for record_bytes, size in table_bytes.items() if budget_bytes else ():
-            share = budget_bytes * size // total
-            _check_share(share, budget_bytes, record_bytes)
-            self._arenas[record_bytes] = Arena(share, record_bytes, counters)
+        shares = share_budget(budget_bytes, table_bytes) if budget_bytes else {}
+        self._arenas = {r: Arena(share, r, counters) for r, share in shares.items()}
 
     def arena(self, record_bytes: int) -> Arena | None:
         """Where records of this size are kept; None where nothing is."""
@@ -88,13 +84,20 @@ class DramTier:
         return sum(a.geometry.capacity_records for a in self._arenas.values())
 
 
-def _check_share(share: int, budget_bytes: int, record_bytes: int) -> None:
-    smallest = ArenaGeometry(1, record_bytes).total_bytes
-    if share < smallest:
+def share_budget(budget_bytes: int, table_bytes: dict[int, int]) -> dict[int, int]:
+    """Bytes for each record size: one set, and of the rest a share by the bytes of its tables.
+
+    Raises ConfigError where there is not enough for one set of each.
+    """
+    smallest = {r: ArenaGeometry(1, r).total_bytes for r in table_bytes}
+    spare, total = budget_bytes - sum(smallest.values()), max(1, sum(table_bytes.values()))
+    if spare < 0:
+        sizes = ", ".join(map(str, sorted(table_bytes)))
         raise ConfigError(
-            f"$.dram.budget_bytes: {budget_bytes} bytes leave {share} for records of {record_bytes} bytes, "
-            f"which need at least {smallest}; raise the budget"
+            f"$.dram.budget_bytes: expected at least {sum(smallest.values())} bytes for records of "
+            f"{sizes} bytes, got {budget_bytes}; raise the budget, or set it to 0 to cache nothing"
         )
+    return {r: smallest[r] + spare * size // total for r, size in table_bytes.items()}
 
 
 def _map_pages(size_bytes: int) -> mmap.mmap:
