@@ -33,7 +33,7 @@ RESULTS = SOURCE_ROOT / "bench" / "results"
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 
 
-def summarize(samples: Sequence[float]) -> dict[str, float | int]:
+def summarize(samples: Sequence[float] | np.ndarray) -> dict[str, float | int]:
     """Count, mean, extremes and percentiles p50, p90, p99, p99.9 of samples in any one unit."""
     values = np.asarray(samples, np.float64)
     if values.size == 0 or not np.isfinite(values).all():

@@ -1,0 +1,177 @@
+"""Measure cold rows at distinct pages beside fio's random 4 KiB reads of the same file.
+
+The store has a DRAM budget of 0, so every row is a page read past the page cache, checked and copied.
+fio reads with as many threads (psync), and from one thread with a deep queue (io_uring). numpy.memmap
+and LMDB serve a smaller sample of the same rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from engram_client.errors import DataCorrupt, Unavailable
+from tierbench.alternate import alternate
+from tierbench.cold_reads import ColdSample, ColdTable, DistinctPages
+from tierbench.delivery import add_common_arguments, count_list, deliver, rate_row
+from tierbench.prepared import PreparedTable, prepared_table
+from tierbench.record import compare, summarize
+from tierbench.yardsticks.fio import ENGINES, FioSample, fio_random_reads, fio_version
+from tierbench.yardsticks.lmdb_get import LmdbRows
+from tierbench.yardsticks.memmap import forget_cached_pages, memmap_rows
+
+URING_DEPTH = 64
+PSYNC, URING = ENGINES
+LMDB_PART_ROWS = 1 << 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common_arguments(parser, windows=10, window_s=3.0)
+    add = parser.add_argument
+    add(
+        "--rows-per-head",
+        type=int,
+        default=1_000_000,
+        metavar="N",
+        help="of the table (default: %(default)s)",
+    )
+    add("--read-threads", type=int, default=32, metavar="N", help="ours and fio's (default: %(default)s)")
+    add(
+        "--batch-rows", type=int, default=8192, metavar="N", help="rows of one look-up (default: %(default)s)"
+    )
+    add("--callers", type=count_list, default=(1, 2), metavar="N[,N]",
+        help="look-ups at a time (default: 1,2)")  # fmt: skip
+    add("--sample-rows", type=int, default=5_000, metavar="N", help="for memmap and LMDB")
+    add("--lmdb-rows", type=int, default=500_000, metavar="N",
+        help="rows of the table that LMDB holds; all samples lie among them")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    prepared = prepared_table(args.dir, args.rows_per_head)
+    cold = ColdTable(prepared, args.read_threads)
+    try:
+        results = _beside_fio(args, prepared, cold)
+        results["other_ways"] = _other_ways(args, prepared, cold)
+    finally:
+        cold.close()
+    results["file_bytes"] = prepared.row_file.stat().st_size
+    return deliver("cold", args, results, _lines(results))
+
+
+def _beside_fio(args: argparse.Namespace, prepared: PreparedTable, cold: ColdTable) -> dict[str, Any]:
+    windows = iter(range(10**9))
+
+    def ours(callers: int) -> ColdSample:
+        return cold.window(callers, args.batch_rows, args.window_s, args.seed * 1000 + next(windows))
+
+    def fio(engine: str, depth: int) -> FioSample:
+        first_byte = cold.geometry.first_page * 4096
+        seed = args.seed * 1000 + next(windows)
+        return fio_random_reads(prepared.row_file, engine, depth, args.window_s, first_byte, seed)
+
+    ours(1)  # kernels are loaded, threads are there
+    contenders: dict[str, Callable[[], Any]] = {f"callers_{n}": partial(ours, n) for n in args.callers}
+    depths = {PSYNC: args.read_threads, URING: URING_DEPTH}
+    version = fio_version()
+    usable = {engine: depth for engine, depth in depths.items() if version and _answers(fio, engine, depth)}
+    contenders |= {engine: partial(fio, engine, depth) for engine, depth in usable.items()}
+    samples = alternate(args.windows, contenders, "cold rows")
+    yardsticks = {engine: samples.pop(engine) for engine in usable}
+    return {
+        "fio": version,
+        "fio_refused": [engine for engine in depths if engine not in usable],
+        **{name: _told(found, yardsticks) for name, found in samples.items()},
+        **{engine: _fio_told(found) for engine, found in yardsticks.items()},
+    }
+
+
+def _answers(fio: Callable[[str, int], FioSample], engine: str, depth: int) -> bool:
+    """Whether this engine works here; containers often refuse io_uring."""
+    try:
+        return fio(engine, depth).reads_per_s > 0
+    except Unavailable:
+        return False
+
+
+def _told(ours: list[ColdSample], yardsticks: dict[str, list[FioSample]]) -> dict[str, Any]:
+    rates = [s.rows_per_s for s in ours]
+    return {
+        "rows_per_s": summarize(rates),
+        "cores": summarize([s.cores for s in ours]),
+        "bytes_per_row": summarize([s.bytes_per_row for s in ours]),
+        "reads_per_row": summarize([s.reads_per_row for s in ours]),
+        "beside": {
+            engine: compare(rates, [s.reads_per_s for s in found]) for engine, found in yardsticks.items()
+        },
+    }
+
+
+def _fio_told(found: list[FioSample]) -> dict[str, Any]:
+    return {
+        "reads_per_s": summarize([s.reads_per_s for s in found]),
+        "cores": summarize([s.cores for s in found]),
+    }
+
+
+def _other_ways(args: argparse.Namespace, prepared: PreparedTable, cold: ColdTable) -> dict[str, Any]:
+    """One thread, one pass over the same cold rows: ours, numpy.memmap, LMDB. Their rows must agree."""
+    geometry, row_bytes = cold.geometry, prepared.spec.row_bytes
+    held = min(args.lmdb_rows, geometry.rows)
+    ids = DistinctPages(dataclasses.replace(geometry, rows=held), args.seed).batch(args.sample_rows)
+    pages, inside = np.divmod(ids, geometry.rows_per_page)
+    offsets = (pages + geometry.first_page) * 4096 + inside * row_bytes
+    rows = cold.lookup(ids)
+    parts = (cold.lookup(np.arange(i, min(held, i + LMDB_PART_ROWS))) for i in range(0, held, LMDB_PART_ROWS))
+    scratch = LmdbRows(args.dir / "lmdb-scratch", parts)
+    forget_cached_pages(prepared.row_file)
+    try:
+        return {
+            "rows": int(ids.size),
+            "lmdb_rows_held": held,
+            "tierstore_rows_per_s": _rate(lambda: cold.lookup(ids), rows),
+            "memmap_rows_per_s": _rate(lambda: memmap_rows(prepared.row_file, offsets, row_bytes), rows),
+            "lmdb_cold_rows_per_s": _rate(lambda: scratch.read(ids, row_bytes, cold=True), rows),
+            "lmdb_warm_rows_per_s": _rate(lambda: scratch.read(ids, row_bytes, cold=False), rows),
+        }
+    finally:
+        scratch.remove()
+
+
+def _rate(read: Callable[[], np.ndarray], expected: np.ndarray) -> float:
+    started = time.perf_counter()
+    rows = read()
+    elapsed_s = time.perf_counter() - started
+    if not np.array_equal(rows, expected):
+        raise DataCorrupt("a yardstick and the store disagree about the rows")
+    return len(rows) / elapsed_s
+
+
+def _lines(results: dict[str, Any]) -> list[list[str]]:
+    lines = []
+    for name, found in results.items():
+        if not name.startswith("callers_"):
+            continue
+        label = f"cold rows, {name.removeprefix('callers_')} callers"
+        for engine, pairs in found["beside"].items():
+            lines.append(rate_row(label, {**pairs, "yardstick_name": engine}, ">= 0.9", 1e3, "k/s"))
+        if not found["beside"]:
+            lines.append([label, f"{found['rows_per_s']['p50'] / 1e3:,.2f} k/s", "fio is not installed"])
+        lines.append(["  processor cores", f"{found['cores']['p50']:.2f}", "", "", "", "<= 0.5"])
+        lines.append(
+            ["  bytes read for a row", f"{found['bytes_per_row']['p50']:,.0f}", "", "", "", "<= 4301"]
+        )
+    for engine in ENGINES:
+        if engine in results:
+            lines.append([f"  {engine}, processor cores", "", f"{results[engine]['cores']['p50']:.2f}"])
+    other = results["other_ways"]
+    ours = f"{other['tierstore_rows_per_s'] / 1e3:,.1f} k rows/s"
+    for way in ("memmap", "lmdb_cold", "lmdb_warm"):
+        shown = f"{other[f'{way}_rows_per_s'] / 1e3:,.1f} k rows/s"
+        lines.append([f"one thread, {way.replace('_', ' ')}", ours, shown])
+    return lines

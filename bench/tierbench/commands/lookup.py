@@ -1,0 +1,136 @@
+"""Measure DRAM hits in this process beside torch.index_select on a resident table.
+
+Records of 8 x 264 B and single rows of 264 B, through the arena itself and through the public API.
+Every record that is asked for is there; a miss ends the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+
+from engram_client.errors import BadRequest
+from tierbench.delivery import (
+    add_common_arguments,
+    count_list,
+    deliver,
+    latency_row,
+    rate_row,
+    size_argument,
+)
+from tierbench.filled_arena import FilledArena, filled_arena
+from tierbench.hits import WarmTable, arena_figures, latency, row_batches, throughput
+from tierbench.prepared import prepared_table
+from tierbench.resident import huge_page_bytes, resident_rows
+from tierbench.yardsticks.index_select import index_select_steps
+
+ROW_BYTES, HEADS, ORDERS, LAYERS = 264, 8, 3, 2  # V4.1: a token has 2 x 3 records of 8 rows
+RECORDS_A_TOKEN = ORDERS * LAYERS
+ROWS_A_TOKEN = RECORDS_A_TOKEN * HEADS
+BATCHES_MAX = 64
+BARS = {"records": ">= 1.8", "rows": ">= 0.9", "token": "p50 <= 5 us"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common_arguments(parser, windows=10, window_s=0.3)
+    add = parser.add_argument
+    add("--arena-bytes", type=size_argument, default=4 << 30, metavar="BYTES",
+        help="of each arena, and of the resident table (default: 4GiB)")  # fmt: skip
+    add("--fill", type=float, default=0.8, help="share of the slots that is taken (default: %(default)s)")
+    add("--threads", type=count_list, default=(1, 2), metavar="N[,N]", help="default: 1,2")
+    add("--tokens", type=int, default=512, metavar="N", help="tokens in a batch (default: %(default)s)")
+    add("--warm-tokens", type=int, default=8192, metavar="N",
+        help="tokens that are warm in the store behind the API (default: %(default)s)")  # fmt: skip
+    add("--rows-per-head", type=int, default=1_000_000, metavar="N", help="of that store's table")
+
+
+def run(args: argparse.Namespace) -> int:
+    if not 0 < args.fill <= 1 or args.warm_tokens < args.tokens:
+        raise BadRequest("--fill lies in (0, 1], and --warm-tokens is at least --tokens")
+    prepared = prepared_table(args.dir, args.rows_per_head)
+    rows = max(1, int(args.arena_bytes * args.fill) // ROW_BYTES)
+    resident = resident_rows(rows, ROW_BYTES, args.seed)
+    results: dict[str, Any] = {"resident_bytes": resident.nbytes, "rows_a_batch": args.tokens * ROWS_A_TOKEN}
+    results["records"] = _arena(args, resident, HEADS * ROW_BYTES, RECORDS_A_TOKEN, HEADS)
+    results["rows"] = _arena(args, resident, ROW_BYTES, 1, 1)
+    warm = WarmTable(prepared.store, args.arena_bytes, args.warm_tokens * LAYERS, args.seed)
+    try:
+        results["api"] = _api(args, resident, warm)
+    finally:
+        warm.close()
+    results["huge_page_bytes"] = huge_page_bytes()
+    return deliver("lookup", args, results, _lines(results))
+
+
+def _arena(
+    args: argparse.Namespace, resident: np.ndarray, record_bytes: int, orders: int, rows_per_record: int
+) -> dict[str, Any]:
+    """Throughput of a batch and latency of one token, straight from an arena."""
+    filled = filled_arena(args.arena_bytes, record_bytes, orders, args.fill, args.seed)
+    records = args.tokens * ROWS_A_TOKEN // rows_per_record
+    batches = filled.batches(records // orders, BATCHES_MAX)
+    filled.check(batches[0])
+    ids = row_batches(resident, len(batches), args.tokens * ROWS_A_TOKEN, args.seed)
+    found = throughput(
+        lambda caller: filled.step(batches, rows_per_record, caller * len(batches) // 2),
+        resident,
+        ids,
+        threads=args.threads,
+        windows=args.windows,
+        window_s=args.window_s,
+        label=f"records of {record_bytes} bytes",
+    )
+    return {**arena_figures(filled), "batch": found, "token": _token(args, resident, filled, rows_per_record)}
+
+
+def _token(
+    args: argparse.Namespace, resident: np.ndarray, filled: FilledArena, rows_per_record: int
+) -> dict[str, Any]:
+    tokens = filled.batches(ROWS_A_TOKEN // rows_per_record // filled.orders, 1 << 16)
+    ids = row_batches(resident, len(tokens), ROWS_A_TOKEN, args.seed)
+    contenders = {"ours": filled.step(tokens, rows_per_record), **index_select_steps(resident, ids)}
+    return latency(contenders, args.windows, "one token")
+
+
+def _api(args: argparse.Namespace, resident: np.ndarray, warm: WarmTable) -> dict[str, Any]:
+    """The same through `Table.lookup_ngrams_into`: checks, counters and all."""
+    entries = args.tokens * LAYERS
+    batches = len(warm.keys) // entries
+    ids = row_batches(resident, batches, args.tokens * ROWS_A_TOKEN, args.seed)
+    before = warm.misses()
+    found = throughput(
+        lambda caller: warm.step(entries, caller * batches // 2),
+        resident,
+        ids,
+        threads=args.threads,
+        windows=args.windows,
+        window_s=args.window_s,
+        label="the API",
+    )
+    token_ids = row_batches(resident, len(warm.keys), ROWS_A_TOKEN, args.seed)
+    contenders = {"ours": warm.step(LAYERS), **index_select_steps(resident, token_ids)}
+    token = latency(contenders, args.windows, "one token through the API")
+    return {
+        "warm_records": int(warm.keys.size),
+        "misses": warm.misses() - before,
+        "batch": found,
+        "token": token,
+    }
+
+
+def _lines(results: dict[str, Any]) -> list[list[str]]:
+    lines = []
+    for kind, label in (
+        ("records", "records of 8 x 264 B"),
+        ("rows", "rows of 264 B"),
+        ("api", "records, API"),
+    ):
+        bar = BARS["rows" if kind == "rows" else "records"]
+        for threads, found in results[kind]["batch"].items():
+            lines.append(rate_row(f"{label}, {threads.replace('_', ' ')}", found, bar))
+        ours, *others = results[kind]["token"].values()
+        best = min(others, key=lambda found: found["p50"])
+        lines.append(latency_row(f"{label}, one token", ours, best, BARS["token"]))
+    return lines

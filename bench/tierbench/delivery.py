@@ -1,0 +1,112 @@
+"""What every benchmark command shares: its options, its table or JSON on stdout, its record."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+from tierbench.record import write_record
+from tierstore.config.units import parse_bytes
+
+DATA_FOLDER = Path(".bench")
+NOT_PARAMETERS = ("json", "record", "dir", "out")
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, *, windows: int, window_s: float | None) -> None:
+    """`--dir`, `--windows`, `--window-s` where there is one, `--seed`, `--json` and `--record`."""
+    add = parser.add_argument
+    add("--dir", type=Path, default=DATA_FOLDER, help="data, made once and kept (default: %(default)s)")
+    add("--windows", type=int, default=windows, metavar="N",
+        help="alternated windows (default: %(default)s)")  # fmt: skip
+    if window_s is not None:
+        add("--window-s", type=float, default=window_s, metavar="S",
+            help="length of one window in seconds (default: %(default)s)")  # fmt: skip
+    add("--seed", type=int, default=0, help="of keys and row ids (default: %(default)s)")
+    add("--json", action="store_true", help="the figures as JSON on stdout")
+    add("--record", type=Path, metavar="DIR", help="write a record into this folder")
+
+
+def size_argument(text: str) -> int:
+    """Bytes, as people write them: 4GiB."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+
+
+def count_list(text: str) -> tuple[int, ...]:
+    """Positive numbers with commas between them."""
+    counts = tuple(int(part) for part in text.split(","))
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: each must be at least 1")
+    return counts
+
+
+def deliver(
+    name: str,
+    args: argparse.Namespace,
+    results: Mapping[str, Any],
+    rows: Iterable[Sequence[str]],
+    columns: Sequence[str] = ("", "tierstore", "yardstick", "ratio", "spread", "bar"),
+) -> int:
+    """Print the figures, write the record if one is wanted; returns the exit code."""
+    if args.json:
+        json.dump(results, sys.stdout, indent=2)
+        print()
+    else:
+        _print_grid(name, rows, columns)
+    if args.record:
+        parameters = {k: v for k, v in vars(args).items() if k not in (*NOT_PARAMETERS, "seed")}
+        args.dir.mkdir(parents=True, exist_ok=True)
+        path = write_record(
+            name, results, args.record, seed=args.seed, parameters=parameters, data_path=args.dir
+        )
+        print(f"record: {path}", file=sys.stderr)
+    return 0
+
+
+def _print_grid(name: str, rows: Iterable[Sequence[str]], columns: Sequence[str]) -> None:
+    grid = Grid(title=f"tierbench {name}", title_justify="left")
+    for i, column in enumerate(columns):
+        grid.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        grid.add_row(*row)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(grid)
+
+
+def rate_row(
+    label: str, found: Mapping[str, Any], bar: str = "", scale: float = 1e6, unit: str = "M rows/s"
+) -> list[str]:
+    """One line of the table for what `record.compare` or `alternate.against_best` returned."""
+    ours, yardstick = (sorted(found[side])[len(found[side]) // 2] for side in ("ours", "yardstick"))
+    name = found.get("yardstick_name", "")
+    return [
+        label,
+        f"{ours / scale:,.2f} {unit}",
+        f"{yardstick / scale:,.2f} {unit}\n{name}",
+        f"{found['ratio_median']:.2f}",
+        f"{found['ratio_min']:.2f} to {found['ratio_max']:.2f}",
+        bar,
+    ]
+
+
+def latency_row(
+    label: str, ours: Mapping[str, Any], yardstick: Mapping[str, Any] | None, bar: str = ""
+) -> list[str]:
+    """One line for two summaries of latencies in microseconds."""
+
+    def show(found: Mapping[str, Any]) -> str:
+        return f"p50 {found['p50']:,.1f}  p99 {found['p99']:,.1f} us"
+
+    if yardstick is None:
+        return [label, show(ours), "", "", "", bar]
+    ratio = f"{ours['p50'] / yardstick['p50']:.2f} (p50)"
+    return [label, show(ours), show(yardstick), ratio, "", bar]

@@ -1,0 +1,134 @@
+"""Every benchmark runs at a tiny size and says what it must: figures beside a yardstick, and a record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tierbench import cli
+from tierbench.alternate import against_best, alternate, latencies_us, rate, rate_of_callers
+from tierbench.filled_arena import filled_arena
+
+TINY = ["--rows-per-head", "2000", "--windows", "2", "--window-s", "0.02"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder, so that the table is made once for the whole file."""
+    return tmp_path_factory.mktemp("bench")
+
+
+def figures(capsys: pytest.CaptureFixture[str], data: Path, name: str, *options: str) -> dict[str, Any]:
+    """What `tierbench NAME --json` says, and that its record says the same."""
+    records = data / f"records-{name}"
+    assert cli.main([name, "--dir", str(data), "--record", str(records), "--json", *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (path,) = records.iterdir()
+    record = json.loads(path.read_text())
+    assert record["name"] == name
+    assert record["results"] == found
+    assert record["parameters"]["windows"] == 2
+    assert str(data) not in path.read_text()
+    return found
+
+
+def assert_pairs(found: dict[str, Any]) -> None:
+    """Two windows of each, and the ratios that follow from them."""
+    assert len(found["ours"]) == len(found["yardstick"]) == 2
+    ratios = [a / b for a, b in zip(found["ours"], found["yardstick"], strict=True)]
+    assert found["ratio_min"] == min(ratios) > 0
+    assert found["ratio_max"] == max(ratios)
+
+
+def test_lookup(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    sizes = ["--arena-bytes", "8MiB", "--tokens", "8", "--warm-tokens", "16", "--threads", "1,2"]
+    found = figures(capsys, data, "lookup", *TINY, *sizes)
+    assert found["rows_a_batch"] == 8 * 48
+    for kind in ("records", "rows", "api"):
+        for threads in ("threads_1", "threads_2"):
+            assert_pairs(found[kind]["batch"][threads])
+            assert found[kind]["batch"][threads]["yardstick_name"].startswith(
+                ("torch.index_select", "numpy.take")
+            )
+        assert {"ours", "torch.index_select int64"} <= set(found[kind]["token"])
+    assert found["api"]["misses"] == 0
+    assert 0.7 < found["records"]["fill"] <= 0.8
+
+
+def test_cold(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    sizes = ["--batch-rows", "64", "--sample-rows", "50", "--lmdb-rows", "3000", "--callers", "1,2"]
+    found = figures(capsys, data, "cold", *TINY, *sizes)
+    for callers in ("callers_1", "callers_2"):
+        assert found[callers]["bytes_per_row"]["min"] >= 4096
+        assert found[callers]["rows_per_s"]["count"] == 2
+        for pairs in found[callers]["beside"].values():
+            assert_pairs(pairs)
+    assert bool(found["fio"]) or not found["callers_1"]["beside"]
+    assert min(v for k, v in found["other_ways"].items() if k.endswith("rows_per_s")) > 0
+
+
+def test_serve(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    found = figures(capsys, data, "serve", *TINY, "--dram-bytes", "64MiB", "--different", "2")
+    for transport in ("tcp", "unix"):
+        assert found[transport]["batch"]["rows_a_call"] == 171 * 24
+        assert found[transport]["token"]["rows_a_call"] == 48
+        for kind in ("batch", "token"):
+            assert_pairs(found[transport][kind]["rows_per_s"])
+            assert found[transport][kind]["taken_us"]["ours"]["p50"] > 0
+
+
+def test_pack(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    found = figures(capsys, data, "pack", "--windows", "2", "--source-bytes", "4MiB")
+    assert_pairs(found["bytes_per_s"])
+
+
+def test_tables_are_for_people(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    assert cli.main(["pack", "--dir", str(data), "--windows", "1", "--source-bytes", "1MiB"]) == 0
+    captured = capsys.readouterr()
+    assert "ratio" in captured.out
+    assert "cp, fsync" in captured.out
+    assert captured.err == ""
+
+
+def test_wrong_sizes_are_one_line(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    assert cli.main(["lookup", "--dir", str(data), "--fill", "2", *TINY]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_windows_are_alternated_in_turn() -> None:
+    order: list[str] = []
+
+    def contender(name: str) -> int:
+        order.append(name)
+        return len(order)
+
+    samples = alternate(3, {name: lambda name=name: contender(name) for name in "abc"}, "test")
+    assert "".join(order) == "abcbcacab"
+    assert samples == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+
+
+def test_the_best_yardstick_is_the_one_compared() -> None:
+    found = against_best([2.0, 6.0], {"slow": [1.0, 1.0], "fast": [2.0, 3.0]})
+    assert found["yardstick_name"] == "fast"
+    assert found["ratio_median"] == 1.5
+    assert found["yardstick_medians"] == {"slow": 1.0, "fast": 2.5}
+
+
+def test_rates_count_what_steps_did() -> None:
+    calls: list[int] = []
+    assert rate(lambda call: calls.append(call) or 1, 0.0) > 0
+    assert calls == [0]
+    assert rate_of_callers([lambda call: 1, lambda call: 0], 0.0) > 0
+    assert latencies_us(lambda call: calls.append(call) or 1, 10).shape == (10,)
+
+
+def test_a_filled_arena_returns_its_content() -> None:
+    filled = filled_arena(1 << 20, 48, 2, 0.5, seed=1)
+    batches = filled.batches(10, 3)
+    assert batches.shape == (3, 20)
+    filled.check(batches[1])
+    assert filled.step(batches, rows_per_record=4)(0) == 80
+    assert np.isin(batches, filled.groups).all()
