@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.0005  # the daemon's own: short waits for the GIL between its few threads
 FORCED_EXIT = 130
+LEAVE_TIMEOUT_S = 5.0  # for reads that outlived the draining
 
 
 def run_daemon(directory: Path, config: Config, ready: Callable[[list[str]], None]) -> None:
@@ -30,9 +31,10 @@ async def _serve(directory: Path, config: Config, ready: Callable[[list[str]], N
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stopping)
-    store, release = open_store(directory, config)
+    # In a thread, what may take long: the loop stays awake for signals.
+    store, release = await asyncio.to_thread(open_store, directory, config)
     try:
-        store.warm_up()
+        await asyncio.to_thread(store.warm_up)
         server = Server(store)
         await server.start()
         ready(server.addresses)
@@ -40,8 +42,17 @@ async def _serve(directory: Path, config: Config, ready: Callable[[list[str]], N
         log.info("draining: running requests get %g s", config.serve.drain_timeout_s)
         await server.stop(config.serve.drain_timeout_s)
     finally:
-        release()
+        await _leave(release)
     log.info("stopped")
+
+
+async def _leave(release: Callable[[], None]) -> None:
+    """Close the store. A disk that hangs must not keep the process: then it ends as it is."""
+    try:
+        await asyncio.wait_for(asyncio.to_thread(release), LEAVE_TIMEOUT_S)
+    except TimeoutError:
+        log.error("reads still hang in the disk after %g s; leaving without them", LEAVE_TIMEOUT_S)
+        os._exit(FORCED_EXIT)
 
 
 def _on_signal(number: int, stopping: asyncio.Event) -> None:

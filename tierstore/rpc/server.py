@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from pathlib import Path
+from urllib.parse import quote
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -19,6 +20,7 @@ from tierstore.store import Store
 
 log = logging.getLogger(__name__)
 
+DELIVERY_S = 1.0
 MESSAGE_BYTES_MAX = 16 << 20  # of a request: 2^20 ids and their envelope fit
 OPTIONS_FIXED = [
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a shared port
@@ -71,7 +73,7 @@ class Server:
                 f"$.serve.unix: another process serves on {path}; stop it, or choose another path"
             )
         try:
-            self._server.add_insecure_port(f"unix:{path}")
+            self._server.add_insecure_port(f"unix:{quote(path)}")  # to gRPC it is a URI
         except RuntimeError as error:
             raise ConfigError(f"$.serve.unix: cannot serve on {path}: {error}") from error
         self.addresses.append(f"unix:{path}")
@@ -88,9 +90,14 @@ class Server:
         self.addresses.append(f"tcp://{host}:{port}")
 
     async def stop(self, drain_timeout_s: float) -> None:
-        """Say not serving, refuse new calls, let running ones finish for so long, then cancel."""
+        """Say not serving, refuse new look-ups, let running ones finish for so long, then cancel.
+
+        Who watches the health does not hold this up: once look-ups are done, their answers get
+        `DELIVERY_S` to leave, and open streams end.
+        """
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._server.stop(drain_timeout_s)
+        await self._service.drain(drain_timeout_s)
+        await self._server.stop(min(drain_timeout_s, DELIVERY_S))
         self._service.close()
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:

@@ -2,16 +2,18 @@
 
 A look-up that DRAM answers whole is served on the event loop: handing it to a thread would
 cost more than the copy. One with misses goes to a bounded pool of threads, where the waiting
-happens. Requests in work are bounded; what comes beyond is refused at once, not queued.
+happens. Requests in work are bounded; what comes beyond is refused at once, not queued. A caller
+who goes away leaves his read to its thread, and his place is taken until that is done: so the
+bound holds for memory as well.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -19,7 +21,7 @@ import grpc
 import numpy as np
 
 from engram_client.deadline import Deadline
-from engram_client.errors import BatchTooLarge, Overloaded, TierstoreError
+from engram_client.errors import BatchTooLarge, Overloaded, TierstoreError, Unavailable
 from engram_client.transport.base import LookupRequest
 from engram_client.wire import memory_pb2 as pb
 from engram_client.wire.convert import request_from_message, spec_to_message
@@ -28,6 +30,7 @@ from tierstore.rpc.status import ERROR_KEY, status_of
 from tierstore.store import Store
 
 log = logging.getLogger(__name__)
+MESSAGE_CHARACTERS_MAX = 1000  # of an error; gRPC allows 8 KiB of metadata, and percent-encodes some
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["MemoryService"].full_name
 
 
@@ -41,6 +44,9 @@ class MemoryService:
         self._threads = ThreadPoolExecutor(serve.workers, thread_name_prefix="tierstore-serve")
         self._requests_max = serve.concurrent_requests_max
         self._requests = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     def handlers(self) -> grpc.GenericRpcHandler:
         def method(handle: Callable[..., Awaitable[Any]], request: Any, serialize: Any) -> Any:
@@ -73,16 +79,24 @@ class MemoryService:
     async def lookup(self, message: pb.LookupRequest, context: Any) -> np.ndarray:
         deadline = Deadline.after(context.time_remaining())
         request = self._parse(message)
-        rows = np.empty(self._reply_bytes(request), np.uint8)
-        async with self._place():
+        wanted_bytes = self._reply_bytes(request)
+        self._enter()
+        reading = None
+        try:
+            rows = np.empty(wanted_bytes, np.uint8)
             access, misses = self._store.lookup_hits(request, rows)
             if misses.size:
-                deadline.check("waiting for a free thread")
                 read = partial(self._store.lookup_misses, request, access, misses, rows, deadline)
-                await asyncio.get_running_loop().run_in_executor(self._threads, read)
-        return rows
+                reading = asyncio.get_running_loop().run_in_executor(self._threads, read)
+                reading.add_done_callback(self._leave_after)
+                await asyncio.shield(reading)
+            return rows
+        finally:
+            if reading is None:
+                self._leave()
 
     async def prefetch(self, message: pb.LookupRequest, _context: Any) -> pb.PrefetchResponse:
+        self._refuse_while_draining()
         return pb.PrefetchResponse(accepted=self._store.prefetch(self._parse(message)))
 
     def _parse(self, message: pb.LookupRequest) -> LookupRequest:
@@ -107,18 +121,36 @@ class MemoryService:
             )
         return wanted
 
-    @asynccontextmanager
-    async def _place(self) -> AsyncIterator[None]:
+    def _enter(self) -> None:
+        """Take one of the places for requests in work."""
+        self._refuse_while_draining()
         if self._requests >= self._requests_max:
             raise Overloaded(
                 f"{self._requests} look-ups are in work, the most there may be "
                 "(serve.concurrent_requests_max); try again"
             )
         self._requests += 1
-        try:
-            yield
-        finally:
-            self._requests -= 1
+        self._idle.clear()
+
+    def _leave(self) -> None:
+        self._requests -= 1
+        if not self._requests:
+            self._idle.set()
+
+    def _leave_after(self, reading: asyncio.Future[None]) -> None:
+        self._leave()
+        if not reading.cancelled():
+            reading.exception()  # seen here, as the caller may be gone
+
+    def _refuse_while_draining(self) -> None:
+        if self._draining:
+            raise Unavailable("the daemon is shutting down and takes no new requests; try again soon")
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new look-ups; return once none is in work, or after so many seconds."""
+        self._draining = True
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
 
     def _guarded(self, handle: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         """Our errors become a status with the error's code; others are logged and stay vague."""
@@ -127,7 +159,7 @@ class MemoryService:
             try:
                 return await handle(request, context)
             except TierstoreError as error:
-                await context.abort(status_of(error), str(error), ((ERROR_KEY, error.code),))
+                await context.abort(status_of(error), _told(error), ((ERROR_KEY, error.code),))
             except Exception as error:
                 log.exception("a request failed unexpectedly")
                 text = f"internal error ({type(error).__name__}); the daemon's log has the details"
@@ -136,7 +168,14 @@ class MemoryService:
         return guarded
 
     def close(self) -> None:
-        self._threads.shutdown(wait=True)
+        """Drop look-ups that have not begun; closing the store waits for those that have."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _told(error: TierstoreError) -> str:
+    """The message, short enough for the metadata it travels in."""
+    text = str(error)
+    return text if len(text) <= MESSAGE_CHARACTERS_MAX else text[:MESSAGE_CHARACTERS_MAX] + " ..."
 
 
 def _serialize(message: Any) -> bytes:
