@@ -23,8 +23,16 @@ def is_tensor(values: Any) -> bool:
 
 
 def to_host(values: Any) -> Any:
-    """A tensor as a numpy array in host memory; anything else as it is."""
-    return values.detach().cpu().numpy() if is_tensor(values) else values
+    """A tensor as a numpy array in host memory; anything else as it is.
+
+    Raises BadRequest for a tensor that numpy cannot hold, such as a BF16 or a sparse one.
+    """
+    if not is_tensor(values):
+        return values
+    try:
+        return values.detach().cpu().numpy()
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise BadRequest(f"ids must be int64 or int32, got a tensor that is neither: {error}") from error
 
 
 def like(rows: np.ndarray, ids: Any) -> Array:
@@ -55,6 +63,6 @@ def writable_host_view(out: Any, shape: tuple[int, ...]) -> np.ndarray | None:
 def _check_buffer(given: tuple[int, ...], shape: tuple[int, ...], dtype: str, contiguous: bool) -> None:
     if given != shape or dtype != "uint8" or not contiguous:
         raise BadRequest(
-            f"out must be writable C-contiguous uint8 of shape {list(shape)}, got {dtype} of shape {list(given)}"
-            + ("" if contiguous else ", not contiguous or read-only")
+            f"out must be writable C-contiguous uint8 of shape {list(shape)}, got {dtype} of shape "
+            f"{list(given)}" + ("" if contiguous else ", not contiguous or read-only")
         )

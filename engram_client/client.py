@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from types import TracebackType
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from engram_client.deadline import Deadline
 from engram_client.errors import BadRequest, Unavailable
@@ -63,7 +63,7 @@ class Client:
 
     def table(self, name: str) -> Table:
         """One table, at the generation that is served now. Raises UnknownTable."""
-        return Table(self._transport.describe_table(name), self._transport, self._prefetcher)
+        return Table(self._transport.describe_table(name), self._transport, self._prefetcher, self)
 
     def stats(self) -> dict[str, int]:
         """The service's counters; tierstore/tiers/counters.py says what each counts."""
@@ -107,9 +107,10 @@ def _unix(path: str) -> Transport:
     length = len(os.fsencode(os.path.abspath(path)))
     if length > SOCKET_PATH_BYTES_MAX:
         raise BadRequest(
-            f"socket path {path!r} has {length} bytes; the system allows {SOCKET_PATH_BYTES_MAX}; choose a shorter one"
+            f"socket path {path!r} has {length} bytes; the system allows {SOCKET_PATH_BYTES_MAX}; "
+            "choose a shorter one"
         )
-    return GrpcTransport(f"unix:{os.path.abspath(path)}")
+    return GrpcTransport(f"unix:{quote(os.path.abspath(path))}")  # to gRPC it is a URI
 
 
 def _tcp(target: str) -> Transport:
@@ -120,7 +121,8 @@ def _tcp(target: str) -> Transport:
         host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
-    if not host or not port or parts.path.strip("/"):
+    rest = "" if not host else f"{parts.path.strip('/')}{parts.query}{parts.fragment}{parts.username or ''}"
+    if not host or not port or rest:
         raise BadRequest(
             f'connect({target!r}): expected "tcp://HOST:PORT", for example "tcp://127.0.0.1:7070"'
         )

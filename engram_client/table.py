@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -37,6 +37,11 @@ class _Query:
         return entries, int(np.prod(self.shape, dtype=np.int64)) // max(1, entries)
 
 
+def _kept(query: _Query) -> _Query:
+    """With ids of its own: the caller may fill his array with the next step's before they are read."""
+    return replace(query, request=replace(query.request, ids=query.request.ids.copy()))
+
+
 class Table:
     """A table of a connected service; made by `Client.table`. Thread safe.
 
@@ -47,10 +52,14 @@ class Table:
     table has been packed anew, DeadlineExceeded, Unavailable, StorageError or DataCorrupt.
     """
 
-    def __init__(self, spec: TableSpec, transport: Transport, prefetcher: Prefetcher) -> None:
+    def __init__(
+        self, spec: TableSpec, transport: Transport, prefetcher: Prefetcher, client: object = None
+    ) -> None:
+        """`client` is kept, because a client that nobody keeps disconnects."""
         self.spec = spec
         self._transport = transport
         self._prefetcher = prefetcher
+        self._client = client
 
     def __repr__(self) -> str:
         return f"Table({self.spec.name!r}, generation={self.spec.generation!r})"
@@ -116,7 +125,7 @@ class Table:
 
         For rows wanted later than the next step. False where the service dropped (part of) the hint.
         """
-        return self._transport.prefetch(self._by_ngrams(ngram_keys, None).request)
+        return self._transport.prefetch(_kept(self._by_ngrams(ngram_keys, None)).request)
 
     def dequantize(self, rows: Any, *, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Rows uint8 [..., row_bytes] as a tensor [..., embedding_dim]; needs torch."""
@@ -127,14 +136,21 @@ class Table:
     def _scheme(self) -> HashScheme:
         if self.spec.scheme is None:
             raise BadRequest(
-                f"table {self.spec.name!r} has no hash scheme: its rows are named by row ids alone; use lookup"
+                f"table {self.spec.name!r} has no hash scheme: its rows are named by row ids alone; "
+                "use lookup"
             )
         return self.spec.scheme
 
     def _heads(self, heads: slice | None) -> tuple[int, int] | None:
         if heads is None:
             return None
-        start, stop, step = heads.indices(self._scheme().heads)
+        try:
+            start, stop, step = heads.indices(self._scheme().heads)
+        except (AttributeError, TypeError):
+            raise BadRequest(
+                f"table {self.spec.name!r}: heads must be a slice of whole numbers such as slice(0, 4), "
+                f"got {heads!r}"
+            ) from None
         if step != 1 or start >= stop:
             raise BadRequest(
                 f"table {self.spec.name!r}: heads={heads} is not a non-empty range of its "
@@ -196,6 +212,7 @@ class Table:
             out.copy_(like(self._read(query, timeout), out))
 
     def _start(self, query: _Query, ids: Any, timeout: float | None) -> Handle:
+        query = _kept(query)
         if is_tensor(ids):
             device_of = ids.new_empty(0)  # the kind and device, without keeping the ids alive
             return self._prefetcher.start(

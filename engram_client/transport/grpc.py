@@ -132,7 +132,10 @@ class GrpcTransport:
                 call.cancel()
 
     def _start(self, message: pb.LookupRequest, deadline: Deadline) -> Any:
-        return self._calls.lookup.future(message, timeout=deadline.remaining_s())
+        try:
+            return self._calls.lookup.future(message, timeout=deadline.remaining_s())
+        except ValueError:
+            raise self._closed_meanwhile() from None
 
     def _finish(self, message: pb.LookupRequest, rows: np.ndarray, call: Any, deadline: Deadline) -> None:
         first = [call]
@@ -164,6 +167,8 @@ class GrpcTransport:
                 return attempt()
             except grpc.FutureCancelledError:
                 raise Cancelled(f"the call to {self._target} was cancelled") from None
+            except ValueError:
+                raise self._closed_meanwhile() from None
             except grpc.RpcError as error:
                 failure = _to_error(self._target, error)
             left_s = deadline.remaining_s()
@@ -172,6 +177,10 @@ class GrpcTransport:
                 raise failure
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, pause_max_s)
+
+    def _closed_meanwhile(self) -> Cancelled:
+        """What a ValueError of gRPC means: the channel was closed after this call had looked."""
+        return Cancelled(f"the client of {self._target} was closed")
 
     def close(self) -> None:
         if not self._closed:
