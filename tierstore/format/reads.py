@@ -71,10 +71,6 @@ class SourceFiles:
         # Every byte is wanted once; left in the page cache they would push out what is wanted again.
         os.posix_fadvise(fd, read.offset, read.count, os.POSIX_FADV_DONTNEED)
 
-    def will_need(self, read: Read) -> None:
-        """Let the kernel start reading."""
-        os.posix_fadvise(self._fd(read.path), read.offset, read.count, os.POSIX_FADV_WILLNEED)
-
     def close(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1])

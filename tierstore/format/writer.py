@@ -27,7 +27,7 @@ from tierstore.format.direct import aligned_bytes, open_direct, reserve, sync_fo
 from tierstore.format.geometry import PAGE_BYTES, PAYLOAD_BYTES, Geometry
 from tierstore.format.header import LEAF_PAGES, Header, description_of, description_pages, sealed_pages
 from tierstore.format.journal import Journal
-from tierstore.format.reads import Read, SourceFiles, plan_reads, staging_starts
+from tierstore.format.reads import SourceFiles, plan_reads, staging_starts
 from tierstore.format.source import TableSource
 from tierstore.format.tree import NO_GENERATION, generation_of, leaf_count, leaf_digest
 from tierstore.kernels.pack import pack_large_rows, pack_rows
@@ -185,14 +185,10 @@ class _Pipeline:
             sync.result()
 
     def _read(self, leaf: int) -> None:
-        for read in self._reads_of(leaf + 1):
-            self.files.will_need(read)  # keeps the disk busy while this leaf is copied
-        for read in self._reads_of(leaf):
+        # The kernel reads ahead by itself: asking it to (POSIX_FADV_WILLNEED) made packs a third slower.
+        first_row, last_row = self.job.rows_in(leaf), self.job.rows_in(leaf + 1)
+        for read in plan_reads(self.job.source, first_row, last_row, self.job.leaf_rows):
             self.files.read(read, self.staging[leaf % DEPTH])
-
-    def _reads_of(self, leaf: int) -> list[Read]:
-        job = self.job
-        return plan_reads(job.source, job.rows_in(leaf), job.rows_in(leaf + 1), job.leaf_rows)
 
     def _pack(self, leaf: int) -> tuple[np.ndarray, int]:
         """Pages of one leaf, uint64 [n, 512], and how many of them are filled."""
