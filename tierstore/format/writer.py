@@ -185,7 +185,7 @@ class _Pipeline:
             sync.result()
 
     def _read(self, leaf: int) -> None:
-        # The kernel reads ahead by itself: asking it to (POSIX_FADV_WILLNEED) made packs a third slower.
+        # The kernel's own read-ahead is enough; POSIX_FADV_WILLNEED would crowd out the writes.
         first_row, last_row = self.job.rows_in(leaf), self.job.rows_in(leaf + 1)
         for read in plan_reads(self.job.source, first_row, last_row, self.job.leaf_rows):
             self.files.read(read, self.staging[leaf % DEPTH])
