@@ -3,6 +3,7 @@
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tierstore.format.geometry import PAGE_BYTES, PAYLOAD_BYTES, Geometry
 from tierstore.tiers.plan import plan_reads
 

@@ -86,6 +86,7 @@ def leave_direct(fd: int, path: Path) -> bool:
     if not flags & os.O_DIRECT:
         return False
     fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+    _say_buffered(path)
     return True
 
 

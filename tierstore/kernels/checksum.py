@@ -27,34 +27,34 @@ PAYLOAD_WORDS = 511  # words 508..510 are the tail; word 511 is the checksum
 
 
 @inline_kernel
-def _rotate(x, bits):  # type: ignore[no-untyped-def]
+def _rotate(x, bits):
     return (x << U64(bits)) | (x >> U64(64 - bits))
 
 
 @inline_kernel
-def _lane(accumulator, word):  # type: ignore[no-untyped-def]
+def _lane(accumulator, word):
     return _rotate(accumulator + word * PRIME2, 31) * PRIME1
 
 
 @inline_kernel
-def _merge(hashed, lane):  # type: ignore[no-untyped-def]
+def _merge(hashed, lane):
     return (hashed ^ _lane(U64(0), lane)) * PRIME1 + PRIME4
 
 
 @inline_kernel
-def _absorb(hashed, word):  # type: ignore[no-untyped-def]
+def _absorb(hashed, word):
     return _rotate(hashed ^ _lane(U64(0), word), 27) * PRIME1 + PRIME4
 
 
 @inline_kernel
-def _avalanche(hashed):  # type: ignore[no-untyped-def]
+def _avalanche(hashed):
     hashed = (hashed ^ (hashed >> U64(33))) * PRIME2
     hashed = (hashed ^ (hashed >> U64(29))) * PRIME3
     return hashed ^ (hashed >> U64(32))
 
 
 @inline_kernel
-def page_seed(page_number, uuid_lo, uuid_hi):  # type: ignore[no-untyped-def]
+def page_seed(page_number, uuid_lo, uuid_hi):
     """XXH64 of the uuid and the page number, 24 bytes, seed 0."""
     hashed = _absorb(PRIME5 + U64(24), U64(uuid_lo))
     hashed = _absorb(hashed, U64(uuid_hi))
@@ -62,7 +62,7 @@ def page_seed(page_number, uuid_lo, uuid_hi):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def page_checksum(words, page_number, uuid_lo, uuid_hi):  # type: ignore[no-untyped-def]
+def page_checksum(words, page_number, uuid_lo, uuid_hi):
     """Checksum of one page, uint64; `words` is uint64[512], of which the last is not read."""
     seed = page_seed(page_number, uuid_lo, uuid_hi)
     a = seed + PRIME1 + PRIME2
@@ -83,7 +83,7 @@ def page_checksum(words, page_number, uuid_lo, uuid_hi):  # type: ignore[no-unty
 
 
 @kernel
-def first_bad_page(pages, page_numbers, uuid_lo, uuid_hi, start, stop):  # type: ignore[no-untyped-def]
+def first_bad_page(pages, page_numbers, uuid_lo, uuid_hi, start, stop):
     """First i in [start, stop) whose page is damaged or misplaced, or -1.
 
     pages: uint64[n, 512]; page_numbers: int64[n], the number in the file each is meant to have.
@@ -95,14 +95,14 @@ def first_bad_page(pages, page_numbers, uuid_lo, uuid_hi, start, stop):  # type:
 
 
 @kernel
-def seal_pages(pages, first_page_number, uuid_lo, uuid_hi, start, stop):  # type: ignore[no-untyped-def]
+def seal_pages(pages, first_page_number, uuid_lo, uuid_hi, start, stop):
     """Write the checksum of pages[start:stop]; pages[i] is page `first_page_number + i` of its file."""
     for i in range(start, stop):
         pages[i, PAYLOAD_WORDS] = page_checksum(pages[i], first_page_number + i, uuid_lo, uuid_hi)
 
 
 @kernel
-def bad_pages(pages, first_page_number, uuid_lo, uuid_hi, start, stop, damaged):  # type: ignore[no-untyped-def]
+def bad_pages(pages, first_page_number, uuid_lo, uuid_hi, start, stop, damaged):
     """Put every i in [start, stop) whose page is wrong into `damaged` (int64[stop - start]); how many.
 
     pages[i] is meant to be page `first_page_number + i` of its file.

@@ -12,13 +12,9 @@ arguments: the caller checks that `staging` and `pages` are large enough.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
+from engram_client.arena.atomics import copy_bytes, zero_bytes
 from engram_client.jit import kernel
 from tierstore.kernels.checksum import PAYLOAD_WORDS, page_checksum
 
@@ -26,37 +22,8 @@ PAGE_BYTES = 4096
 PAYLOAD_BYTES = PAYLOAD_WORDS * 8
 
 
-@intrinsic
-def _copy_bytes(typing_context: Any, target: Any, source: Any, count: Any) -> Any:
-    """memcpy(target, source, count): two addresses and a number of bytes, all int64."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = ir.IntType(8).as_pointer()
-        to, origin = (builder.inttoptr(a, pointer) for a in arguments[:2])
-        copy = builder.module.declare_intrinsic("llvm.memcpy", [pointer, pointer, ir.IntType(64)])
-        builder.call(copy, [to, origin, arguments[2], ir.Constant(ir.IntType(1), 0)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate
-
-
-@intrinsic
-def _zero_bytes(typing_context: Any, target: Any, count: Any) -> Any:
-    """memset(target, 0, count): an address and a number of bytes, both int64."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = ir.IntType(8).as_pointer()
-        to = builder.inttoptr(arguments[0], pointer)
-        fill = builder.module.declare_intrinsic("llvm.memset", [pointer, ir.IntType(64)])
-        zero, ordinary = ir.Constant(ir.IntType(8), 0), ir.Constant(ir.IntType(1), 0)
-        builder.call(fill, [to, zero, arguments[1], ordinary])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
-
-
 @kernel
-def pack_rows(staging, starts, sizes, rows, rows_per_page, pages, first_page_number, low, high):  # type: ignore[no-untyped-def]
+def pack_rows(staging, starts, sizes, rows, rows_per_page, pages, first_page_number, low, high):
     """Fill and seal pages with `rows` rows, `rows_per_page` to a page; the number of pages filled.
 
     staging: uint8 [m]; starts, sizes: int64 [fields], bytes; pages: uint64 [n, 512]; low, high:
@@ -70,15 +37,15 @@ def pack_rows(staging, starts, sizes, rows, rows_per_page, pages, first_page_num
         end = target + PAYLOAD_BYTES
         for row in range(p * rows_per_page, min((p + 1) * rows_per_page, rows)):
             for f in range(sizes.size):
-                _copy_bytes(target, origin + starts[f] + row * sizes[f], sizes[f])
+                copy_bytes(target, origin + starts[f] + row * sizes[f], sizes[f])
                 target += sizes[f]
-        _zero_bytes(target, end - target)
+        zero_bytes(target, end - target)
         page[PAYLOAD_WORDS] = page_checksum(page, first_page_number + p, low, high)
     return filled
 
 
 @kernel
-def pack_large_rows(staging, starts, sizes, rows, pages_per_row, pages, first_page_number, low, high):  # type: ignore[no-untyped-def]
+def pack_large_rows(staging, starts, sizes, rows, pages_per_row, pages, first_page_number, low, high):
     """As `pack_rows`, for rows that own `pages_per_row` pages each."""
     origin = np.int64(staging.ctypes.data)
     for row in range(rows):
@@ -94,12 +61,12 @@ def pack_large_rows(staging, starts, sizes, rows, pages_per_row, pages, first_pa
                     target = np.int64(pages[p].ctypes.data)
                     room = PAYLOAD_BYTES
                 count = min(left, room)
-                _copy_bytes(target, source, count)
+                copy_bytes(target, source, count)
                 target += count
                 source += count
                 room -= count
                 left -= count
-        _zero_bytes(target, room)
+        zero_bytes(target, room)
     for p in range(rows * pages_per_row):
         pages[p, PAYLOAD_WORDS] = page_checksum(pages[p], first_page_number + p, low, high)
     return rows * pages_per_row

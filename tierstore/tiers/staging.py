@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import numpy as np
 
 from engram_client.deadline import Deadline
 from engram_client.errors import ConfigError
+from tierstore.format.direct import aligned_bytes
 from tierstore.format.geometry import PAGE_BYTES
 
 PAGES_BYTES_MAX = 8 << 20
@@ -49,7 +49,7 @@ class StagingPool:
         self.record_bytes = share - pages_bytes
         self._free: queue.LifoQueue[Staging] = queue.LifoQueue()
         for _ in range(BUFFERS_MAX):
-            memory = np.frombuffer(mmap.mmap(-1, share), np.uint8)
+            memory = aligned_bytes(share)
             pages = memory[:pages_bytes].view(np.uint64).reshape(-1, PAGE_BYTES // 8)
             self._free.put(Staging(pages, memory[pages_bytes:]))
 

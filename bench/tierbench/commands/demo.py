@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -138,7 +139,7 @@ def _serve_text(
     ids: np.ndarray,
     off: np.ndarray,
     decode_tokens: int,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     layers = _layers(client, checkpoint, CompressedTokenizer(tokenizer))
     names = ", ".join(x.table.spec.name for x in layers)
     console.print(

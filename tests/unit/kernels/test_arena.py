@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from engram_client.arena.layout import LINE_BYTES, SEQUENCE_AT, WAYS, ArenaGeometry
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.dram import Arena

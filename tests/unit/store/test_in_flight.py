@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+
 from engram_client.deadline import Deadline
 from engram_client.errors import DeadlineExceeded
 from tierstore.store.in_flight import InFlight, wait_for
@@ -39,13 +40,17 @@ def test_same_key_of_another_owner_is_another_record():
 
 def test_failed_reader_releases_and_wakes():
     flight = InFlight(64)
-    waiter = None
-    with pytest.raises(RuntimeError), flight.claim(*as_records([1])):
-        with flight.claim(*as_records([1])) as waiter:
-            pass
-        raise RuntimeError
-    assert waiter is not None
-    assert waiter.others[0].is_set()
+    waiters = []
+
+    def fail_while_another_waits() -> None:
+        with flight.claim(*as_records([1])):
+            with flight.claim(*as_records([1])) as waiter:
+                waiters.extend(waiter.others)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_while_another_waits()
+    assert [done.is_set() for done in waiters] == [True]
     with flight.claim(*as_records([1])) as again:
         assert again.mine.all()
 
