@@ -33,7 +33,7 @@ from engram_client.wire.framing import decode_rows
 
 SERVICE = "/tierstore.v1.MemoryService/"
 ERROR_KEY = "tierstore-error"
-REPLY_BYTES = 1 << 20  # a reply; larger ones are slower
+CALL_BYTES_MAX = 3 << 19  # rows in one reply; more go in equal parts, which are then near 1 MiB
 CALLS_AHEAD = 4  # calls of one look-up on the way at once
 HINT_IDS_MAX = 1 << 17  # ids in one hint: near 1 MiB of request
 RECONNECT_S = 2.0
@@ -117,7 +117,23 @@ class GrpcTransport:
             return
         deadline = Deadline.after(timeout_s)
         flat = out.reshape(entries, -1)
-        per_call = max(1, REPLY_BYTES // max(1, flat.shape[1]))
+        calls = min(entries, max(1, -(-flat.nbytes // CALL_BYTES_MAX)))
+        if calls == 1:
+            self._lookup_in_one(request, flat, deadline)
+        else:
+            self._lookup_in_several(request, flat, -(-entries // calls), deadline)
+
+    def _lookup_in_one(self, request: LookupRequest, rows: np.ndarray, deadline: Deadline) -> None:
+        """The caller's thread does the waiting: a future would be two wake-ups slower."""
+        message = request_to_message(request)
+        reply = self._repeat_while_unavailable(
+            lambda: self._calls.lookup(message, timeout=deadline.remaining_s()), deadline
+        )
+        self._take(message, reply, rows)
+
+    def _lookup_in_several(
+        self, request: LookupRequest, flat: np.ndarray, per_call: int, deadline: Deadline
+    ) -> None:
         waiting: deque[tuple[pb.LookupRequest, np.ndarray, Any]] = deque()
         try:
             for start, part in enumerate(_split(request, per_call)):
@@ -145,7 +161,10 @@ class GrpcTransport:
             reply: memoryview = again.result()
             return reply
 
-        reply = self._repeat_while_unavailable(attempt, deadline)
+        self._take(message, self._repeat_while_unavailable(attempt, deadline), rows)
+
+    def _take(self, message: pb.LookupRequest, reply: memoryview, rows: np.ndarray) -> None:
+        """Copy a reply to where its rows belong."""
         if reply.nbytes != rows.nbytes:
             raise TierstoreError(
                 f"{self._target} answered {reply.nbytes} bytes for table {message.table!r}, expected "
