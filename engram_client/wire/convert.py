@@ -99,7 +99,8 @@ def request_from_message(message: pb.LookupRequest, orders: int) -> LookupReques
         raise BadRequest(f"table {message.table!r}: the request names neither ngram_keys nor row_ids")
     if len(message.generation) != GENERATION_BYTES:
         raise BadRequest(
-            f"table {message.table!r}: generation must be {GENERATION_BYTES} bytes, got {len(message.generation)}; "
+            f"table {message.table!r}: generation must be {GENERATION_BYTES} bytes, "
+            f"got {len(message.generation)}; "
             "DescribeTable tells it"
         )
     packed = message.ngram_keys if address == "ngram_keys" else message.row_ids
