@@ -26,6 +26,7 @@ class Deadline:
             raise BadRequest(f"timeout must be >= 0 seconds or None, got {timeout_s!r}")
         if timeout_s > TIMEOUT_S_MAX:
             return cls(None, None)
+        timeout_s = float(timeout_s)  # a small float type would lose the clock's digits
         return cls(time.monotonic() + timeout_s, timeout_s)
 
     def remaining_s(self) -> float | None:

@@ -54,8 +54,9 @@ class Handle:
         `timeout` in seconds. Raises DeadlineExceeded (the handle stays valid), Cancelled, or
         what the look-up raised.
         """
+        left_s = Deadline.after(timeout).remaining_s()
         try:
-            rows = self._reading.result(Deadline.after(timeout).remaining_s())
+            rows = self._reading.result(left_s)
         except CancelledError:
             raise Cancelled("this prefetch was cancelled, or its client closed") from None
         except TierstoreError:  # before FutureTimeout: the look-up's DeadlineExceeded is one as well

@@ -30,12 +30,6 @@ class _Query:
     request: LookupRequest
     shape: tuple[int, ...]  # of the rows, uint8
 
-    @property
-    def flat(self) -> tuple[int, int]:
-        """The same bytes as the transport fills them: entries by bytes of one."""
-        entries = self.request.ids.shape[0]
-        return entries, int(np.prod(self.shape, dtype=np.int64)) // max(1, entries)
-
 
 def _kept(query: _Query) -> _Query:
     """With ids of its own: the caller may fill his array with the next step's before they are read."""
@@ -179,7 +173,7 @@ class Table:
         start, stop = self._heads(heads) or (0, scheme.heads)
         chosen = ids.reshape(-1, scheme.orders, scheme.heads)[:, :, start:stop]
         shape = (*ids.shape[:-1], scheme.orders * (stop - start), self.spec.row_bytes)
-        return self._query("row", np.ascontiguousarray(chosen).reshape(-1), shape)
+        return self._query("row", chosen.reshape(-1), shape)
 
     def _by_rows(self, row_ids: Any) -> _Query:
         ids = inputs.as_int64(to_host(row_ids), "row_ids", inputs.ID_DTYPES)
@@ -193,6 +187,7 @@ class Table:
         shape: tuple[int, ...],
         heads: tuple[int, int] | None = None,
     ) -> _Query:
+        ids = np.ascontiguousarray(ids)  # one head of many is a view with gaps
         return _Query(LookupRequest(self.spec.name, self.spec.generation, address, ids, heads), shape)
 
     def _read(self, query: _Query, timeout: float | None) -> np.ndarray:
@@ -202,7 +197,7 @@ class Table:
 
     def _fill(self, query: _Query, rows: np.ndarray, timeout: float | None) -> None:
         if query.request.ids.size:
-            self._transport.lookup(query.request, rows.reshape(query.flat), timeout)
+            self._transport.lookup(query.request, rows.reshape(len(query.request.ids), -1), timeout)
 
     def _read_into(self, query: _Query, out: Any, timeout: float | None) -> None:
         host = writable_host_view(out, query.shape)

@@ -7,6 +7,9 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support.daemon import daemon  # noqa: F401
+from tests.support.stores import opened_store, packed  # noqa: F401
+
 settings.register_profile(
     "ci",
     deadline=None,  # no assertion here is about time

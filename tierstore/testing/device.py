@@ -43,9 +43,9 @@ class Faults:
 class SimulatedDevice:
     """See `PageReader`. `reads` and `pages` count what was asked of the device."""
 
-    def __init__(self, inner: PageReader, faults: Faults = Faults(), seed: int = 0) -> None:
+    def __init__(self, inner: PageReader, faults: Faults | None = None, seed: int = 0) -> None:
         self._inner = inner
-        self._faults = faults
+        self._faults = faults or Faults()
         self._seed = seed
         self._ordered: dict[int, tuple[str, int]] = {}  # page -> what, how many times more
         self._times_read: Counter[int] = Counter()
