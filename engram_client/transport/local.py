@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from engram_client.errors import Unavailable
+from engram_client.errors import Cancelled, Unavailable
 from engram_client.spec import TableSpec
 from engram_client.transport.base import LookupRequest
 
@@ -23,7 +23,16 @@ class LocalTransport:
                 f'connect("local:{directory}") needs the service in this process, and it cannot be imported '
                 f'({error}); install tierstore, or connect to a daemon with "unix:PATH" or "tcp://HOST:PORT"'
             ) from error
-        self._store, self._release = store_package.open_store(directory)
+        self._directory = directory
+        self._opened, self._release = store_package.open_store(directory)
+        self._closed = False
+
+    @property
+    def _store(self) -> Any:
+        """The store, which may be shared and so outlive this client."""
+        if self._closed:
+            raise Cancelled(f"the client of local:{self._directory} is closed")
+        return self._opened
 
     def list_tables(self) -> dict[str, TableSpec]:
         return dict(self._store.tables())
@@ -42,4 +51,5 @@ class LocalTransport:
         return dict(self._store.stats())
 
     def close(self) -> None:
+        self._closed = True
         self._release()
