@@ -5,6 +5,7 @@ torch is only touched once the caller has handed over a tensor, so the client ru
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,6 +50,8 @@ def writable_host_view(out: Any, shape: tuple[int, ...]) -> np.ndarray | None:
 
     Raises BadRequest where it is not uint8, not C-contiguous, read-only or of another shape.
     """
+    if type(out) is np.ndarray and out.shape == shape and out.dtype == np.uint8 and out.flags.carray:
+        return out
     if is_tensor(out):
         given, dtype, contiguous = tuple(out.shape), str(out.dtype), bool(out.is_contiguous())
         _check_buffer(given, shape, dtype.removeprefix("torch."), contiguous)
@@ -58,6 +61,13 @@ def writable_host_view(out: Any, shape: tuple[int, ...]) -> np.ndarray | None:
         raise BadRequest(f"out must be a numpy array or a torch tensor, got {type(out).__name__}")
     _check_buffer(out.shape, shape, str(out.dtype), out.flags.c_contiguous and out.flags.writeable)
     return out
+
+
+def address_of(array: np.ndarray) -> int:
+    """Where a C-contiguous array's bytes lie; `array.ctypes.data` takes four times as long."""
+    if array.size and array.flags.writeable:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
+    return int(array.ctypes.data)
 
 
 def _check_buffer(given: tuple[int, ...], shape: tuple[int, ...], dtype: str, contiguous: bool) -> None:

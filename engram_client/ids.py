@@ -11,20 +11,20 @@ KEY_MAX = int(np.iinfo(np.int64).max)  # n-gram keys are 63-bit numbers
 
 def check_keys(keys: np.ndarray, table: str) -> None:
     """Raises IdOutOfRange naming the first n-gram key below -1. `keys` int64 of any shape."""
-    _check(keys, KEY_MAX, "n-gram key", table)
+    if keys.size and keys.min() < -1:  # none can be too large
+        raise _refused(keys, KEY_MAX, "n-gram key", table)
 
 
 def check_row_ids(row_ids: np.ndarray, rows: int, table: str) -> None:
     """Raises IdOutOfRange naming the first row id outside [-1, rows). int64 of any shape."""
-    _check(row_ids, rows - 1, "row id", table)
+    if row_ids.size and (row_ids.min() < -1 or row_ids.max() >= rows):
+        raise _refused(row_ids, rows - 1, "row id", table)
 
 
-def _check(ids: np.ndarray, last: int, what: str, table: str) -> None:
-    if not ids.size or (ids.min() >= -1 and ids.max() <= last):
-        return
+def _refused(ids: np.ndarray, last: int, what: str, table: str) -> IdOutOfRange:
     at = int(np.flatnonzero((ids < -1) | (ids > last))[0])
     place = [int(i) for i in np.unravel_index(at, ids.shape)]
-    raise IdOutOfRange(
+    return IdOutOfRange(
         f"table {table!r}: {what} {ids.reshape(-1)[at]} at position {place} is neither -1 (no row) nor in "
         f"[0, {last}]; nothing was read; hash with the mapping made from this table's scheme"
     )

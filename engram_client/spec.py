@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from engram_client.errors import FormatError
@@ -58,7 +59,7 @@ class RowLayout:
     fields: tuple[Field, ...]
     global_scale: float | None = None  # multiplies every element of the whole table
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         return sum(f.bytes for f in self.fields)
 
@@ -149,7 +150,7 @@ class TableSpec:
     layer: int | None = None
     model: str | None = None
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         return self.layout.row_bytes
 
@@ -162,7 +163,7 @@ class TableSpec:
         """Rows under one key: heads of an order, or 1 for a row-addressed table."""
         return self.scheme.heads if self.scheme and self.addressing == "record" else 1
 
-    @property
+    @cached_property
     def record_bytes(self) -> int:
         return self.record_rows * self.row_bytes
 

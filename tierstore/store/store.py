@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from engram_client.arrays import address_of
 from engram_client.deadline import Deadline
 from engram_client.errors import BadRequest, BatchTooLarge, StorageError, UnknownTable
 from engram_client.spec import TableSpec
@@ -137,8 +138,11 @@ class Store:
         self._check_out(request, access, out)
         ids = request.ids.reshape(-1)
         if arena := self._arena(access):
-            misses, masked = arena.read(ids, access.table.owner, access.orders, access.part, out.ctypes.data)
+            misses, masked = arena.read(ids, access.table.owner, access.orders, access.part, address_of(out))
+            if misses.size:
+                access.table.check_ids(request)
         else:
+            access.table.check_ids(request)
             misses = np.flatnonzero(ids >= 0)
             masked = ids.size - misses.size
             out.reshape(ids.size, access.part[1])[ids < 0] = 0
@@ -162,6 +166,7 @@ class Store:
         """Read into DRAM, soon, what is not there; False where the hint was dropped."""
         self._gate.check()
         access = self.table(request.table).access(request)
+        access.table.check_ids(request)
         if not access.cached:
             raise BadRequest(
                 f"table {request.table!r}: single rows of a record-addressed table are not cached; "

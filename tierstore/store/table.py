@@ -61,22 +61,30 @@ class ServedTable:
         scheme = row_file.spec.scheme
         self.head_sizes = np.array(scheme.head_sizes if scheme else [[0]], np.int64)
         self.head_offsets = np.array(scheme.head_offsets if scheme else [[0]], np.int64)
+        self._accesses: dict[tuple[str, tuple[int, int] | None], Access] = {}  # one for each range of heads
 
     @property
     def spec(self) -> TableSpec:
         return self.row_file.spec
 
     def access(self, request: LookupRequest) -> Access:
-        """Check the request against the table. Raises BadRequest, IdOutOfRange, GenerationMismatch."""
+        """Check all of the request but its ids. Raises BadRequest, GenerationMismatch."""
         self._check_generation(request.generation)
         if request.ids.dtype != np.int64 or not request.ids.flags.c_contiguous:
             raise BadRequest(f"ids must be C-contiguous int64, got {request.ids.dtype}")
-        access = self._by_key(request) if request.address == "ngram" else self._by_row(request)
-        if access.by_key:
+        access = self._accesses.get((request.address, request.heads))
+        if access is None:
+            access = self._by_key(request) if request.address == "ngram" else self._by_row(request)
+            self._accesses[request.address, request.heads] = access
+        self._check_shape(request, access)
+        return access
+
+    def check_ids(self, request: LookupRequest) -> None:
+        """Raises IdOutOfRange. No such id is ever cached, so hits need no check: they are not it."""
+        if request.address == "ngram":
             check_keys(request.ids, self.spec.name)
         else:
             check_row_ids(request.ids, self.spec.rows, self.spec.name)
-        return access
 
     def _check_generation(self, generation: str) -> None:
         if generation != self.spec.generation:
@@ -90,11 +98,6 @@ class ServedTable:
         if spec.addressing != "record" or spec.scheme is None:
             raise BadRequest(f"table {spec.name!r} is addressed by row ids, not by n-gram keys; use lookup")
         orders, heads = spec.scheme.orders, spec.scheme.heads
-        if request.ids.ndim != 2 or request.ids.shape[1] != orders:
-            raise BadRequest(
-                f"table {spec.name!r}: n-gram keys must have shape [n, {orders}], "
-                f"got {list(request.ids.shape)}"
-            )
         start, stop = request.heads or (0, heads)
         if not 0 <= start < stop <= heads:
             raise BadRequest(
@@ -105,11 +108,19 @@ class ServedTable:
 
     def _by_row(self, request: LookupRequest) -> Access:
         spec = self.spec
-        if request.ids.ndim != 1:
-            raise BadRequest(f"row ids must have shape [n], got {list(request.ids.shape)}")
         if request.heads is not None:
             raise BadRequest("heads= goes with n-gram keys, not with row ids")
         return Access(self, False, 1, 1, spec.addressing == "row", (0, spec.row_bytes))
+
+    def _check_shape(self, request: LookupRequest, access: Access) -> None:
+        shape = request.ids.shape
+        if access.by_key and (len(shape) != 2 or shape[1] != access.orders):
+            raise BadRequest(
+                f"table {self.spec.name!r}: n-gram keys must have shape [n, {access.orders}], "
+                f"got {list(shape)}"
+            )
+        if not access.by_key and len(shape) != 1:
+            raise BadRequest(f"row ids must have shape [n], got {list(shape)}")
 
     def close(self) -> None:
         self.file.close()

@@ -28,6 +28,7 @@ class Arena:
         self._memory = np.frombuffer(_map_pages(self.geometry.total_bytes), np.uint8)
         self._index = self._memory.ctypes.data
         self._slots = self._index + self.geometry.index_bytes
+        self._places = (self._index, self._slots, self.geometry.sets, self.geometry.slot_bytes)
         self._writing = threading.Lock()
 
     def read(
@@ -45,8 +46,7 @@ class Arena:
         """
         misses = np.empty(keys.size, np.int64)
         counts = np.zeros(2, np.int64)
-        where = (self._index, self._slots, self.geometry.sets, self.geometry.slot_bytes)
-        missed = read_records(*where, keys, owner, orders, *part, out, misses, counts)
+        missed = read_records(*self._places, keys, owner, orders, *part, out, misses, counts)
         return misses[:missed], int(counts[MASKED])
 
     def admit(
@@ -54,9 +54,10 @@ class Arena:
     ) -> None:
         """Take in records; record i is `record_bytes` at address `source`, place `places[i]`."""
         g, counts = self.geometry, np.zeros(2, np.int64)
-        where = (self._index, self._slots, g.sets, g.slot_bytes, g.record_bytes)
         with self._writing:
-            admit_records(*where, keys, owners, source, places, int(wanted_soon), counts)
+            admit_records(
+                *self._places, g.record_bytes, keys, owners, source, places, int(wanted_soon), counts
+            )
         self._counters.add(records_admitted=counts[ADMITTED], records_evicted=counts[EVICTED])
 
 
