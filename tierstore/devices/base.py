@@ -44,7 +44,8 @@ class PageReader(Protocol):
         `slots[i]`.
 
         Arrays int64 [runs], at least one run; `buffer` is the address of a page-aligned buffer of
-        4096-byte slots, which the caller keeps until the read has ended. `hint` says that nobody waits yet: reads that somebody waits for go first.
+        4096-byte slots, which the caller keeps until the read has ended. `hint` says that nobody
+        waits yet: reads that somebody waits for go first.
         """
 
     def close(self) -> None:

@@ -145,8 +145,8 @@ def start(
     buffer: np.ndarray,
     hint: bool = False,
 ) -> PageRead:
-    runs = [np.array(a, np.int64) for a in (firsts, counts, slots)]
-    return reader.start(fd, *runs, buffer.ctypes.data, hint=hint)
+    first_pages, page_counts, places = (np.array(a, np.int64) for a in (firsts, counts, slots))
+    return reader.start(fd, first_pages, page_counts, places, buffer.ctypes.data, hint=hint)
 
 
 def pages_buffer(pages: int) -> np.ndarray:
