@@ -32,6 +32,28 @@ def load_acquire(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic
+def load_acquire_int(typingctx: Any, address: Any) -> Any:
+    """uint32 at a 4-byte aligned address; nothing later is read before it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.zext(builder.load_atomic(_pointer(builder, args[0], _I32), "acquire", 4), _I64)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def store_release_int(typingctx: Any, address: Any, value: Any) -> Any:
+    """Write a uint32; nothing earlier is written after it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        narrow = builder.trunc(args[1], _I32)
+        builder.store_atomic(narrow, _pointer(builder, args[0], _I32), "release", 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
 def load_relaxed(typingctx: Any, address: Any) -> Any:
     """int64 at an 8-byte aligned address, whole, in no particular order."""
 
@@ -111,14 +133,14 @@ def zero_bytes(typingctx: Any, target: Any, count: Any) -> Any:
     return types.void(types.int64, types.int64), codegen
 
 
-def _load(bits: int, result: Any) -> Any:
+def _load(bits: int) -> Any:
     @intrinsic
     def load(typingctx: Any, address: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             narrow = builder.load(_pointer(builder, args[0], ir.IntType(bits)), align=bits // 8)
             return builder.zext(narrow, _I64) if bits < 64 else narrow
 
-        return result(types.int64), codegen
+        return types.int64(types.int64), codegen
 
     return load
 
@@ -136,5 +158,27 @@ def _store(bits: int) -> Any:
     return store
 
 
-load_byte, load_half, load_word = _load(8, types.int64), _load(16, types.int64), _load(64, types.int64)
-store_byte, store_half, store_word = _store(8), _store(16), _store(64)
+load_byte, load_half, load_int, load_word = _load(8), _load(16), _load(32), _load(64)
+store_byte, store_half, store_int, store_word = _store(8), _store(16), _store(32), _store(64)
+
+
+@intrinsic
+def fetch_add(typingctx: Any, address: Any, amount: Any) -> Any:
+    """Add to an int64 in memory, whole; returns what was there before. Acquire and release."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", _pointer(builder, args[0], _I64), args[1], "acq_rel")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def compare_and_swap(typingctx: Any, address: Any, expected: Any, value: Any) -> Any:
+    """Write `value` if the int64 in memory is `expected`; True where it was. Acquire and release."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(builder, args[0], _I64)
+        pair = builder.cmpxchg(pointer, args[1], args[2], "acq_rel", "acquire")
+        return builder.extract_value(pair, 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen

@@ -21,7 +21,7 @@ from tierstore.catalog import Catalog
 from tierstore.config import Config, Dram, Nvme, Prefetch
 from tierstore.packing import PackOptions, pack
 from tierstore.store import Store, open_store
-from tierstore.store.store import pread_reader
+from tierstore.store.store import configured_reader
 from tierstore.testing.device import Faults, SimulatedDevice
 
 V41 = "v41"  # records of 8 rows of 264 bytes, 3 orders
@@ -137,7 +137,7 @@ def opened(directory: Path, config: Config | None = None, faults: Faults | None 
     made: list[SimulatedDevice] = []
 
     def make_reader(config: Config) -> SimulatedDevice:
-        made.append(SimulatedDevice(pread_reader(config), faults, seed=1))
+        made.append(SimulatedDevice(configured_reader(config), faults, seed=1))
         return made[0]
 
     store, release = open_store(directory, config or small_config(), make_reader=make_reader)

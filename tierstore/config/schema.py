@@ -42,8 +42,13 @@ class Dram(Section, frozen=True):
 
 class Nvme(Section, frozen=True):
     section: ClassVar[str] = "nvme"
+    engine: Annotated[
+        Literal["auto", "io_uring", "pread"],
+        Meta(description="how pages are read: io_uring, pread threads, or auto (io_uring where allowed)"),
+    ] = "auto"
+    queue_depth: Annotated[int, Meta(ge=1, le=4096, description="io_uring reads in flight at once")] = 64
     read_threads: Annotated[
-        int, Meta(ge=1, le=1024, description="threads that read pages; as many reads are in flight at once")
+        int, Meta(ge=1, le=1024, description="pread threads; as many reads are in flight at once")
     ] = 32
     direct: Annotated[
         Literal["auto", "on", "off"],

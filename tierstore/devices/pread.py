@@ -1,62 +1,39 @@
-"""Page reads by a bounded pool of threads, each inside one `nogil` kernel that calls pread(2).
+"""Page reads by threads that call pread(2), each inside one kernel for as long as the store is open.
 
-The runs of a request are dealt out in contiguous shares, so a thread is woken once for several
-reads. A request too small to share is read by the thread that asked. The deadline is looked at
-before each read; one that has begun cannot be taken back, so a disk that hangs hangs its reader.
+This is what runs where io_uring is not allowed, which is most containers. A thread is woken by a
+futex and claims one run after another from the job table, so small requests do not pay for a thread
+pool and large ones do not hold up small ones.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor, wait
-from itertools import pairwise
-
 import numpy as np
 
-from engram_client.deadline import Deadline
-from tierstore.devices.base import PageReadFailed
-from tierstore.kernels.pread import ETIME, read_runs
-
-RUNS_PER_SHARE_MIN = 2  # waking a thread costs about as much as a read
+from tierstore.devices.job_table import PLACES, Job, JobTable
+from tierstore.kernels.pread_worker import read_until_stopped
 
 
 class PreadReader:
     """See `PageReader`."""
 
     def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tierstore-pread")
+        self._table = JobTable()
+        spread = max(1, PLACES // threads)
+        self._table.start_workers(
+            threads, "pread", lambda i: read_until_stopped(self._table.address, PLACES, i * spread)
+        )
 
-    def read(
+    def start(
         self,
         fd: int,
         first_pages: np.ndarray,
         page_counts: np.ndarray,
         slots: np.ndarray,
         buffer: int,
-        deadline: Deadline,
-    ) -> None:
-        stop_at_ns = deadline.at_ns()
-
-        def read_share(start: int, stop: int) -> tuple[int, int]:
-            failed_page = np.zeros(1, np.int64)
-            share = (first_pages, page_counts, slots, start, stop)
-            error = read_runs(fd, *share, buffer, stop_at_ns, failed_page)
-            return int(error), int(failed_page[0])
-
-        for error, page in self._share_out(read_share, first_pages.size):
-            if error == ETIME:
-                raise deadline.exceeded("reading pages")
-            if error:
-                raise PageReadFailed(page, error)
-
-    def _share_out(self, read_share, runs: int) -> list[tuple[int, int]]:  # type: ignore[no-untyped-def]
-        shares = min(self._threads, max(1, runs // RUNS_PER_SHARE_MIN))
-        bounds = [runs * i // shares for i in range(shares + 1)]
-        first, *rest = pairwise(bounds)
-        futures = [self._pool.submit(read_share, *share) for share in rest]
-        own = read_share(*first)
-        wait(futures)  # all of them, also after an error: the buffer is in use until then
-        return [own, *(f.result() for f in futures)]
+        *,
+        hint: bool,
+    ) -> Job:
+        return self._table.open(fd, first_pages, page_counts, slots, buffer, hint=hint)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True)
+        self._table.close()

@@ -114,7 +114,9 @@ class Filler:
         targets = np.arange(row_ids.size) * access.table.spec.row_bytes
         records = staging.records.ctypes.data
         table = access.table
-        self._nvme.read_rows(table.row_file, table.file, row_ids, targets, records, staging, deadline)
+        self._nvme.read_rows(
+            table.row_file, table.file, row_ids, targets, records, staging, deadline, hint=out is None
+        )
         self._counters.add(records_read=entries.size)
         if out is not None:
             place_of = np.cumsum(mine) - 1

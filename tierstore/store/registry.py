@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engram_client.errors import ConfigError, StorageError
 from tierstore.config import Config, check_config, load_config, memory_limit
-from tierstore.store.store import MakeReader, Store, pread_reader
+from tierstore.store.store import MakeReader, Store, configured_reader
 
 
 @dataclass
@@ -28,7 +28,7 @@ def open_store(
     directory: str | os.PathLike[str],
     config: Config | None = None,
     *,
-    make_reader: MakeReader = pread_reader,
+    make_reader: MakeReader = configured_reader,
 ) -> tuple[Store, Callable[[], None]]:
     """The store of `directory`, and the function that lets go of it (idempotent).
 

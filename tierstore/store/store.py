@@ -23,7 +23,7 @@ from engram_client.transport.base import LookupRequest
 from tierstore.catalog import Catalog
 from tierstore.config import Config
 from tierstore.devices.base import PageReader
-from tierstore.devices.pread import PreadReader
+from tierstore.devices.opening import open_reader
 from tierstore.store.fill import Filler, read_scattered
 from tierstore.store.gate import Gate
 from tierstore.store.hints import HintQueue
@@ -40,9 +40,10 @@ log = logging.getLogger(__name__)
 MakeReader = Callable[[Config], PageReader]
 
 
-def pread_reader(config: Config) -> PageReader:
-    """The page reader every kernel allows."""
-    return PreadReader(config.nvme.read_threads)
+def configured_reader(config: Config) -> PageReader:
+    """io_uring where it is allowed, or what the configuration says."""
+    nvme = config.nvme
+    return open_reader(nvme.engine, queue_depth=nvme.queue_depth, threads=nvme.read_threads)
 
 
 class Store:
@@ -51,7 +52,7 @@ class Store:
     Use `tierstore.store.open_store`, which shares one Store a directory and process.
     """
 
-    def __init__(self, directory: Path, config: Config, make_reader: MakeReader = pread_reader) -> None:
+    def __init__(self, directory: Path, config: Config, make_reader: MakeReader = configured_reader) -> None:
         self.directory = directory
         self.config = config
         self.counters = Counters()

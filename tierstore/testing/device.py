@@ -17,14 +17,14 @@ import errno
 import random
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 from engram_client.deadline import Deadline
-from tierstore.devices.base import PageReader, PageReadFailed
+from tierstore.devices.base import PageRead, PageReader, PageReadFailed
 
 PAGE_BYTES = 4096
 FOREVER = 1 << 62  # times
@@ -90,36 +90,35 @@ class SimulatedDevice:
             if not self._changing.wait_for(lambda: self.waiting >= count, timeout_s):
                 raise TimeoutError(f"{self.waiting} reads wait after {timeout_s:g} s, expected {count}")
 
-    def read(
+    def start(
         self,
         fd: int,
         first_pages: np.ndarray,
         page_counts: np.ndarray,
         slots: np.ndarray,
         buffer: int,
-        deadline: Deadline,
-    ) -> None:
-        self._wait(deadline)
+        *,
+        hint: bool,
+    ) -> SimulatedRead:
+        def start_inner() -> PageRead:
+            return self._inner.start(fd, first_pages, page_counts, slots, buffer, hint=hint)
+
         runs = list(zip(first_pages.tolist(), page_counts.tolist(), slots.tolist(), strict=True))
-        fates = {slot + i: (first + i, self._fate(first + i)) for first, n, slot in runs for i in range(n)}
-        for page, fate in fates.values():
-            if fate in ("error", "short"):
-                raise PageReadFailed(page, errno.EIO)  # a short read is EIO to a reader of whole pages
-        self._inner.read(fd, first_pages, page_counts, slots, buffer, deadline)
-        for slot, (page, fate) in fates.items():
-            if fate == "flip":
-                bit = random.Random(f"{self._seed} {page} bit").randrange(8 * PAGE_BYTES)
-                byte = ctypes.c_ubyte.from_address(buffer + slot * PAGE_BYTES + bit // 8)
-                byte.value ^= 1 << bit % 8
+        return SimulatedRead(self, runs, buffer, start_inner)
 
     def close(self) -> None:
         self._inner.close()
+
+    def flip_one_bit(self, page: int, address: int) -> None:
+        """Which bit of a page is flipped depends on the seed and the page alone."""
+        bit = random.Random(f"{self._seed} {page} bit").randrange(8 * PAGE_BYTES)
+        ctypes.c_ubyte.from_address(address + bit // 8).value ^= 1 << bit % 8
 
     def _order(self, fate: str, pages: Iterable[int], times: int) -> None:
         with self._changing:
             self._ordered.update((int(page), (fate, times)) for page in pages)
 
-    def _wait(self, deadline: Deadline) -> None:
+    def let_pass(self, deadline: Deadline) -> None:
         """The device's latency, and the time it is held; DeadlineExceeded where that is too long."""
         with self._changing:
             self.reads += 1
@@ -138,7 +137,7 @@ class SimulatedDevice:
         self._changing.wait_for(lambda: False, duration_s if left_s is None else min(duration_s, left_s))
         deadline.check("waiting for the simulated device")
 
-    def _fate(self, page: int) -> str:
+    def fate_of(self, page: int) -> str:
         with self._changing:
             self.pages += 1
             self._times_read[page] += 1
@@ -156,3 +155,40 @@ class SimulatedDevice:
                 return what
             draw -= rate
         return ""
+
+
+class SimulatedRead:
+    """See `PageRead`. The real read begins once the device has let it pass, inside `wait`."""
+
+    def __init__(
+        self,
+        device: SimulatedDevice,
+        runs: list[tuple[int, int, int]],
+        buffer: int,
+        start_inner: Callable[[], PageRead],
+    ) -> None:
+        self._device = device
+        self._runs = runs
+        self._buffer = buffer
+        self._start_inner = start_inner
+        self._inner: PageRead | None = None
+
+    def wait(self, deadline: Deadline) -> None:
+        self._device.let_pass(deadline)
+        pages = [(first + i, slot + i) for first, count, slot in self._runs for i in range(count)]
+        fates = [self._device.fate_of(page) for page, _ in pages]
+        for (page, _), fate in zip(pages, fates, strict=True):
+            if fate in ("error", "short"):
+                raise PageReadFailed(page, errno.EIO)  # a short read is EIO to a reader of whole pages
+        self._inner = self._start_inner()
+        self._inner.wait(deadline)
+        for (page, slot), fate in zip(pages, fates, strict=True):
+            if fate == "flip":
+                self._device.flip_one_bit(page, self._buffer + slot * PAGE_BYTES)
+
+    def withdraw(self) -> None:
+        if self._inner:
+            self._inner.withdraw()
+
+    def ended(self) -> bool:
+        return self._inner is None or self._inner.ended()

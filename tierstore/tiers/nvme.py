@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 
 from engram_client.deadline import Deadline
 from engram_client.errors import DataCorrupt, StorageError
-from tierstore.devices.base import PageReader, PageReadFailed
+from tierstore.devices.base import PageRead, PageReader, PageReadFailed
 from tierstore.devices.files import OpenFile
+from tierstore.format.geometry import PAGE_BYTES
 from tierstore.format.rowfile import RowFile
 from tierstore.kernels.rows import scatter_pieces, scatter_rows
 from tierstore.kernels.verify_slots import first_bad_slot
@@ -19,8 +22,34 @@ from tierstore.tiers.plan import ReadPlan, Window, plan_reads
 from tierstore.tiers.staging import Staging
 
 
+@dataclass(frozen=True)
+class Reading:
+    """One request at work: what is read for whom, and where its pages land."""
+
+    table: RowFile
+    file: OpenFile
+    plan: ReadPlan
+    staging: Staging
+    out: int
+    hint: bool
+    deadline: Deadline
+
+
+@dataclass(frozen=True)
+class Landing:
+    """A window on its way into one half of the staging buffer."""
+
+    window: Window
+    pages: np.ndarray
+    read: PageRead
+
+
 class NvmeTier:
-    """Reads rows of open row files through one page reader."""
+    """Reads rows of open row files through one page reader.
+
+    Two windows are on their way at a time, each into its half of the staging buffer: while one is checked
+    and copied out, the disk works on the other.
+    """
 
     def __init__(
         self, reader: PageReader, counters: Counters, *, gap_pages_max: int, run_pages_max: int
@@ -39,6 +68,8 @@ class NvmeTier:
         out: int,
         staging: Staging,
         deadline: Deadline,
+        *,
+        hint: bool,
     ) -> None:
         """Row `row_ids[i]` goes to address `out` + `targets[i]`; int64 [n] both, ids in range.
 
@@ -52,64 +83,77 @@ class NvmeTier:
             gap_pages_max=self._gap_pages_max,
             run_pages_max=min(self._run_pages_max, staging.capacity_pages),
         )
-        for window in plan.windows(staging.capacity_pages):
-            self._read_window(table, file, window, staging, deadline)
-            self._check_window(table, file, window, staging, deadline)
-            _copy_rows(table, plan, window, staging, out)
+        reading = Reading(table, file, plan, staging, out, hint, deadline)
+        on_its_way: deque[Landing] = deque()
+        try:
+            for number, window in enumerate(plan.windows(staging.capacity_pages)):
+                if len(on_its_way) == 2:
+                    self._finish(reading, on_its_way.popleft())
+                on_its_way.append(self._start(reading, window, staging.halves[number % 2]))
+            while on_its_way:
+                self._finish(reading, on_its_way.popleft())
+        finally:
+            for landing in on_its_way:
+                landing.read.withdraw()
         self._counters.add(nvme_rows=row_ids.size, nvme_pages=plan.pages.size)
 
-    def _read_window(
-        self, table: RowFile, file: OpenFile, window: Window, staging: Staging, deadline: Deadline
-    ) -> None:
+    def _start(self, reading: Reading, window: Window, pages: np.ndarray) -> Landing:
         runs = (window.run_first_pages, window.run_page_counts, window.run_slots)
+        return Landing(window, pages, self._read(reading, *runs, pages))
+
+    def _read(
+        self, reading: Reading, firsts: np.ndarray, counts: np.ndarray, slots: np.ndarray, pages: np.ndarray
+    ) -> PageRead:
+        """Start a read; the staging buffer must know of it as long as it is under way."""
+        self._counters.add(nvme_reads=firsts.size, nvme_bytes=int(counts.sum()) * PAGE_BYTES)
+        read = self._reader.start(
+            reading.file.fd, firsts, counts, slots, pages.ctypes.data, hint=reading.hint
+        )
+        reading.staging.reads.append(read)
+        return read
+
+    def _finish(self, reading: Reading, landing: Landing) -> None:
+        """Wait for a window, check its pages, copy its rows."""
+        window = landing.window
         try:
-            self._reader.read(file.fd, *runs, staging.pages.ctypes.data, deadline)
+            landing.read.wait(reading.deadline)
         except PageReadFailed:
             self._counters.add(nvme_read_errors=1)
-            self._read_singly(table, file, window.pages, window.page_slots, staging, deadline)
-        else:
-            self._counters.add(nvme_reads=window.run_slots.size, nvme_bytes=window.pages_read * 4096)
+            self._read_singly(reading, window.pages, window.page_slots, landing.pages)
+        self._check(reading, landing)
+        _copy_rows(reading, landing)
 
-    def _read_singly(
-        self,
-        table: RowFile,
-        file: OpenFile,
-        pages: np.ndarray,
-        slots: np.ndarray,
-        staging: Staging,
-        deadline: Deadline,
-    ) -> None:
+    def _read_singly(self, reading: Reading, pages: np.ndarray, slots: np.ndarray, into: np.ndarray) -> None:
         """The wanted pages once more, each by itself: one that nobody wants must not fail the others."""
         try:
-            self._reader.read(file.fd, pages, np.ones_like(pages), slots, staging.pages.ctypes.data, deadline)
+            self._read(reading, pages, np.ones_like(pages), slots, into).wait(reading.deadline)
         except PageReadFailed as failure:
             self._counters.add(nvme_read_errors=1)
-            raise _read_error(table, failure) from failure
-        self._counters.add(nvme_reads=pages.size, nvme_bytes=pages.size * 4096)
+            raise _read_error(reading.table, failure) from failure
 
-    def _check_window(
-        self, table: RowFile, file: OpenFile, window: Window, staging: Staging, deadline: Deadline
-    ) -> None:
+    def _check(self, reading: Reading, landing: Landing) -> None:
         """A page that fails its checksum is read once more, then it is an error."""
-        checked = (staging.pages, window.page_slots, window.pages)
+        window, table = landing.window, reading.table
+        checked = (landing.pages, window.page_slots, window.pages)
         bad = first_bad_slot(*checked, 0, *table.uuid_words)
         while bad >= 0:
             self._counters.add(nvme_checksum_failures=1)
             page, slot = window.pages[bad : bad + 1], window.page_slots[bad : bad + 1]
-            self._read_singly(table, file, page, slot, staging, deadline)
+            self._read_singly(reading, page, slot, landing.pages)
             again = first_bad_slot(*checked, bad, *table.uuid_words)
             if again == bad:
                 raise _corrupt(table, int(window.pages[bad]))
             bad = again
 
 
-def _copy_rows(table: RowFile, plan: ReadPlan, window: Window, staging: Staging, out: int) -> None:
-    buffer, pieces, part = staging.pages.ctypes.data, plan.pieces, window.pieces
+def _copy_rows(reading: Reading, landing: Landing) -> None:
+    buffer, pieces, window = landing.pages.ctypes.data, reading.plan.pieces, landing.window
+    part = window.pieces
     if pieces.lengths is None:
-        offsets, row_bytes = pieces.page_offsets[part], table.geometry.row_bytes
-        scatter_rows(buffer, window.piece_slots, offsets, row_bytes, pieces.targets[part], out)
+        offsets, row_bytes = pieces.page_offsets[part], reading.table.geometry.row_bytes
+        scatter_rows(buffer, window.piece_slots, offsets, row_bytes, pieces.targets[part], reading.out)
     else:
-        scatter_pieces(buffer, window.piece_slots, pieces.lengths[part], pieces.targets[part], out)
+        scatter_pieces(buffer, window.piece_slots, pieces.lengths[part], pieces.targets[part], reading.out)
 
 
 def _rows_text(table: RowFile, page: int) -> str:

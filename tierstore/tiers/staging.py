@@ -1,33 +1,48 @@
-"""Bounded memory for reads in flight: a fixed set of page-aligned buffers, taken and given back."""
+"""Bounded memory for reads in flight: a fixed set of page-aligned buffers, taken and given back.
+
+A staging whose reader gave up at its deadline may still be written to by reads under way. It is
+set aside and comes back once they have ended, so memory stays bounded and nobody reads into a buffer
+that another request already uses.
+"""
 
 from __future__ import annotations
 
-import queue
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from engram_client.deadline import Deadline
 from engram_client.errors import ConfigError
+from tierstore.devices.base import PageRead
 from tierstore.format.direct import aligned_bytes
 from tierstore.format.geometry import PAGE_BYTES
 
 PAGES_BYTES_MAX = 8 << 20
 BUFFERS_MAX = 4  # concurrent readers; more share the disk no better
+LOOK_AGAIN_S = 0.05  # for set-aside buffers, while all others are taken
 
 
-@dataclass(frozen=True)
+@dataclass
 class Staging:
-    """Room for one reader: pages as they land, and whole records as they are put together."""
+    """Room for one reader: pages as they land, in two halves, and records as they are put together."""
 
-    pages: np.ndarray  # uint64 [capacity, 512], page aligned
+    halves: tuple[np.ndarray, np.ndarray]  # uint64 [capacity, 512] each, page aligned
     records: np.ndarray  # uint8 [bytes]
+    reads: list[PageRead] = field(default_factory=list)  # that were started into the halves
 
     @property
     def capacity_pages(self) -> int:
-        return self.pages.shape[0]
+        """Of one half."""
+        return self.halves[0].shape[0]
+
+    def at_rest(self) -> bool:
+        """Whether nothing is being read into it."""
+        self.reads = [read for read in self.reads if not read.ended()]
+        return not self.reads
 
 
 class StagingPool:
@@ -40,27 +55,52 @@ class StagingPool:
     def __init__(self, budget_bytes: int, record_bytes_max: int) -> None:
         """Raises ConfigError where a buffer could not hold the largest record and its pages."""
         share = budget_bytes // BUFFERS_MAX // PAGE_BYTES * PAGE_BYTES
-        pages_bytes = min(share // 2 // PAGE_BYTES * PAGE_BYTES, PAGES_BYTES_MAX)
-        if pages_bytes < PAGE_BYTES or share - pages_bytes < record_bytes_max:
+        half = min(share // 2, PAGES_BYTES_MAX) // 2 // PAGE_BYTES * PAGE_BYTES
+        self.record_bytes = share - 2 * half
+        if half < PAGE_BYTES or self.record_bytes < record_bytes_max:
+            enough = 2 * BUFFERS_MAX * (record_bytes_max + 2 * PAGE_BYTES)
             raise ConfigError(
-                f"$.nvme.staging_bytes: {budget_bytes} leaves {share} bytes a buffer, the largest record has "
-                f"{record_bytes_max}; give at least {2 * BUFFERS_MAX * (record_bytes_max + PAGE_BYTES)}"
+                f"$.nvme.staging_bytes: {budget_bytes} leaves {self.record_bytes} bytes a buffer for "
+                f"records, the largest has {record_bytes_max}; give at least {enough}"
             )
-        self.record_bytes = share - pages_bytes
-        self._free: queue.LifoQueue[Staging] = queue.LifoQueue()
-        for _ in range(BUFFERS_MAX):
-            memory = aligned_bytes(share)
-            pages = memory[:pages_bytes].view(np.uint64).reshape(-1, PAGE_BYTES // 8)
-            self._free.put(Staging(pages, memory[pages_bytes:]))
+        self._free = [_staging(half, self.record_bytes) for _ in range(BUFFERS_MAX)]
+        self._set_aside: list[Staging] = []
+        self._changed = threading.Condition()
 
     @contextmanager
     def take(self, deadline: Deadline) -> Iterator[Staging]:
         """Wait for a free staging. Raises DeadlineExceeded."""
-        try:
-            staging = self._free.get(timeout=deadline.remaining_s())
-        except queue.Empty:
-            raise deadline.exceeded("waiting for a free staging buffer") from None
+        with self._changed:
+            while not self._free:
+                left_s = deadline.remaining_s()
+                if left_s == 0:
+                    raise deadline.exceeded("waiting for a free staging buffer")
+                self._changed.wait(LOOK_AGAIN_S if left_s is None else min(LOOK_AGAIN_S, left_s))
+                self._recover()
+            staging = self._free.pop()
         try:
             yield staging
         finally:
-            self._free.put(staging)
+            with self._changed:
+                (self._free if staging.at_rest() else self._set_aside).append(staging)
+                self._changed.notify()
+
+    def _recover(self) -> None:
+        rested = [s for s in self._set_aside if s.at_rest()]
+        self._set_aside = [s for s in self._set_aside if s.reads]
+        self._free += rested
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until nothing is being read into any buffer; False where that takes too long."""
+        give_up = time.monotonic() + timeout_s
+        with self._changed:
+            while self._set_aside and time.monotonic() < give_up:
+                self._changed.wait(LOOK_AGAIN_S)
+                self._recover()
+            return not self._set_aside
+
+
+def _staging(half_bytes: int, record_bytes: int) -> Staging:
+    memory = aligned_bytes(2 * half_bytes + record_bytes)
+    pages = memory[: 2 * half_bytes].view(np.uint64).reshape(2, -1, PAGE_BYTES // 8)
+    return Staging((pages[0], pages[1]), memory[2 * half_bytes :])

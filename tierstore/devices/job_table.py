@@ -1,0 +1,121 @@
+"""Handing read requests to worker threads that live inside a kernel.
+
+Python fills a place of the job table (tierstore/kernels/jobs.py) and sleeps until the job has ended;
+no other Python thread takes part, so the GIL is not fought over for each read. A job whose waiter has
+given up is withdrawn: its unclaimed runs are dropped, those under way still write into its buffer, and
+only once they have ended does the place become free and the buffer the caller's again.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from engram_client.deadline import Deadline
+from engram_client.errors import Unavailable
+from tierstore.devices.base import PageReadFailed
+from tierstore.kernels import jobs
+
+PLACES = 64  # more than there are staging buffers to read into
+SLICE_S = 0.1  # of a wait, so that signals are noticed
+
+
+class JobTable:
+    """The table, its worker threads, and its free places."""
+
+    def __init__(self) -> None:
+        self._words = np.zeros(jobs.HEADER_WORDS + PLACES * jobs.JOB_WORDS, np.int64)
+        self.address = int(self._words.ctypes.data)
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for place in range(PLACES):
+            self._free.put(place)
+        self._threads: list[threading.Thread] = []
+
+    def start_workers(self, count: int, name: str, work: Callable[[int], None]) -> None:
+        """Run `work(i)` in `count` threads; it returns when the table is stopped."""
+        for i in range(count):
+            thread = threading.Thread(target=work, args=(i,), name=f"tierstore-{name}-{i}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def open(
+        self,
+        fd: int,
+        first_pages: np.ndarray,
+        page_counts: np.ndarray,
+        slots: np.ndarray,
+        buffer: int,
+        *,
+        hint: bool,
+    ) -> Job:
+        """Begin to read runs; the arrays, int64, belong to the job until it has ended."""
+        if not any(thread.is_alive() for thread in self._threads):
+            raise Unavailable("the page reader is closed")
+        return Job(self, self._free.get(), fd, (first_pages, page_counts, slots), buffer, hint)
+
+    def words_of(self, place: int) -> np.ndarray:
+        start = jobs.HEADER_WORDS + place * jobs.JOB_WORDS
+        return self._words[start : start + jobs.JOB_WORDS]
+
+    @property
+    def workers(self) -> int:
+        return len(self._threads)
+
+    def give_back(self, place: int) -> None:
+        self._free.put(place)
+
+    def close(self) -> None:
+        """Let the workers finish what was asked for and leave."""
+        jobs.stop_workers(self.address)
+        for thread in self._threads:
+            thread.join()
+
+
+class Job:
+    """One read request under way. See `PageRead`."""
+
+    def __init__(
+        self,
+        table: JobTable,
+        place: int,
+        fd: int,
+        runs: tuple[np.ndarray, np.ndarray, np.ndarray],
+        buffer: int,
+        hint: bool,
+    ) -> None:
+        self._table = table
+        self._place: int | None = place
+        self._runs = tuple(np.ascontiguousarray(a) for a in runs)  # alive until the job has ended
+        addresses = [a.ctypes.data for a in self._runs]
+        count = self._runs[0].size
+        jobs.open_job(table.address, place, int(hint), fd, count, *addresses, buffer, table.workers)
+
+    def ended(self) -> bool:
+        """Whether no read of this job is under way any more."""
+        if self._place is not None and self._table.words_of(self._place)[jobs.ENDED // 8] == 1:
+            self._failure = self._table.words_of(self._place)[[jobs.PAGE // 8, jobs.ERRNO // 8]].tolist()
+            self._table.give_back(self._place)
+            self._place = None
+        return self._place is None
+
+    def wait(self, deadline: Deadline) -> None:
+        """Return once every page has landed. Raises PageReadFailed or DeadlineExceeded."""
+        scratch = np.zeros(2, np.int64)
+        while not self.ended():
+            left_s = deadline.remaining_s()
+            if left_s == 0:
+                self.withdraw()
+                raise deadline.exceeded("reading pages")
+            slice_ns = int(min(SLICE_S, SLICE_S if left_s is None else left_s) * 1e9)
+            jobs.wait_ended(self._table.address, self._place, slice_ns, scratch.ctypes.data)
+        page, errno = self._failure
+        if errno:
+            raise PageReadFailed(page, errno)
+
+    def withdraw(self) -> None:
+        """Drop what has not begun; `ended` tells when the rest is over."""
+        if self._place is not None:
+            jobs.withdraw(self._table.address, self._place)

@@ -1,0 +1,68 @@
+"""Page reads through one io_uring, driven by one thread inside one kernel.
+
+One thread keeps hundreds of reads in flight at a fraction of a core; what it costs is that io_uring must
+be allowed: `UringReader` raises OSError where it is not. Should the ring break while serving, its
+reads fail, that is said once, and the thread goes on with pread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+
+import numpy as np
+
+from tierstore.devices.job_table import PLACES, Job, JobTable
+from tierstore.devices.ring import Ring
+from tierstore.kernels.pread_worker import read_until_stopped
+from tierstore.kernels.uring_worker import drive_ring_until_stopped
+
+log = logging.getLogger(__name__)
+
+
+class UringReader:
+    """See `PageReader`. Raises OSError (EPERM, ENOSYS) where io_uring cannot be had."""
+
+    def __init__(self, queue_depth: int) -> None:
+        self._depth = queue_depth
+        self._table = JobTable()
+        outcome: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
+        self._table.start_workers(1, "uring", lambda _: self._drive(outcome))
+        if error := outcome.get():
+            raise error
+
+    def _drive(self, outcome: queue.SimpleQueue[OSError | None]) -> None:
+        """The ring belongs to the thread that makes it, so it is made here."""
+        try:
+            ring = Ring(self._depth)
+        except OSError as error:
+            outcome.put(error)
+            return
+        outcome.put(None)
+        try:
+            failure = drive_ring_until_stopped(self._table.address, PLACES, ring.words, self._depth)
+        finally:
+            ring.close()
+        if failure:
+            log.error(
+                "io_uring stopped working (%s): page reads go on through one pread thread, which is much "
+                "slower; restart the daemon",
+                os.strerror(failure),
+            )
+            read_until_stopped(self._table.address, PLACES, 0)
+
+    def start(
+        self,
+        fd: int,
+        first_pages: np.ndarray,
+        page_counts: np.ndarray,
+        slots: np.ndarray,
+        buffer: int,
+        *,
+        hint: bool,
+    ) -> Job:
+        return self._table.open(fd, first_pages, page_counts, slots, buffer, hint=hint)
+
+    def close(self) -> None:
+        self._table.close()

@@ -1,0 +1,62 @@
+"""A worker that reads claimed runs with pread(2), one at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engram_client.arena.atomics import load_acquire, load_word
+from engram_client.jit import inline_kernel, kernel
+from tierstore.kernels.futex import NANOSECONDS, sleep_while
+from tierstore.kernels.jobs import (
+    BUFFER,
+    EPOCH,
+    FD,
+    FIRST_PAGES,
+    PAGE_COUNTS,
+    SLOTS,
+    STOPPING,
+    claim_run,
+    end_runs,
+    job_at,
+    note_failure,
+)
+from tierstore.kernels.libc import EINTR, EIO, pread
+
+PAGE_BYTES = 4096
+IDLE_NS = 60 * NANOSECONDS
+
+
+@inline_kernel
+def read_run(job, run):
+    """Read one run whole; a file that ends too early counts as EIO."""
+    fd = load_word(job + FD)
+    first = load_word(load_word(job + FIRST_PAGES) + 8 * run)
+    wanted = load_word(load_word(job + PAGE_COUNTS) + 8 * run) * PAGE_BYTES
+    target = load_word(job + BUFFER) + load_word(load_word(job + SLOTS) + 8 * run) * PAGE_BYTES
+    done = 0
+    while done < wanted:
+        got = pread(fd, target + done, wanted - done, first * PAGE_BYTES + done)
+        if got > 0:
+            done += got
+        elif got != -EINTR:
+            note_failure(job, -got if got < 0 else EIO, first + done // PAGE_BYTES)
+            return
+
+
+@kernel
+def read_until_stopped(table, places, start):
+    """Serve the job table until it stops; `start` spreads the workers over it."""
+    scratch = np.zeros(2, np.int64)
+    timespec = scratch.ctypes.data
+    while True:
+        epoch = load_acquire(table + EPOCH)
+        place, run = claim_run(table, places, start)
+        if place >= 0:
+            job = job_at(table, place)
+            read_run(job, run)
+            end_runs(job, 1)
+            start = place + 1
+        elif load_acquire(table + STOPPING):
+            return
+        else:
+            sleep_while(table + EPOCH, epoch, IDLE_NS, timespec)
