@@ -18,14 +18,13 @@ from functools import partial
 from typing import Any
 
 import grpc
-import numpy as np
 
 from engram_client.deadline import Deadline
 from engram_client.errors import BatchTooLarge, Overloaded, TierstoreError, Unavailable
 from engram_client.transport.base import LookupRequest
 from engram_client.wire import memory_pb2 as pb
 from engram_client.wire.convert import request_from_message, spec_to_message
-from engram_client.wire.framing import encode_rows
+from engram_client.wire.framing import new_message
 from tierstore.rpc.status import ERROR_KEY, status_of
 from tierstore.store import Store
 
@@ -59,7 +58,7 @@ class MemoryService:
             {
                 "ListTables": method(self.list_tables, pb.ListTablesRequest, _serialize),
                 "DescribeTable": method(self.describe_table, pb.DescribeTableRequest, _serialize),
-                "Lookup": method(self.lookup, pb.LookupRequest, encode_rows),
+                "Lookup": method(self.lookup, pb.LookupRequest, None),
                 "Prefetch": method(self.prefetch, pb.LookupRequest, _serialize),
                 "Stats": method(self.stats, pb.StatsRequest, _serialize),
             },
@@ -76,21 +75,21 @@ class MemoryService:
     async def stats(self, _request: pb.StatsRequest, _context: Any) -> pb.StatsResponse:
         return pb.StatsResponse(counters=self._store.stats())
 
-    async def lookup(self, message: pb.LookupRequest, context: Any) -> np.ndarray:
+    async def lookup(self, message: pb.LookupRequest, context: Any) -> bytes:
         deadline = Deadline.after(context.time_remaining())
         request = self._parse(message)
         wanted_bytes = self._reply_bytes(request)
         self._enter()
         reading = None
         try:
-            rows = np.empty(wanted_bytes, np.uint8)
+            reply, rows = new_message(wanted_bytes)
             access, misses = self._store.lookup_hits(request, rows)
             if misses.size:
                 read = partial(self._store.lookup_misses, request, access, misses, rows, deadline)
                 reading = asyncio.get_running_loop().run_in_executor(self._threads, read)
                 reading.add_done_callback(self._leave_after)
                 await asyncio.shield(reading)
-            return rows
+            return reply
         finally:
             if reading is None:
                 self._leave()
