@@ -72,6 +72,12 @@ def run_command(command: ModuleType, args: argparse.Namespace) -> int:
         # The reader of our output went away, as `| head` does; keep the interpreter quiet about it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+    except OSError as error:
+        # A path that is too long or that we may not look at, wherever that was noticed.
+        where = f"{error.filename}: " if error.filename else ""
+        message = f"{where}{error.strerror or error}; check the path and its permissions"
+        _report(errors.StorageError(message), as_json=getattr(args, "json", False))
+        return STORAGE
 
 
 def exit_code(error: errors.TierstoreError) -> int:

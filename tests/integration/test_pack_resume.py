@@ -7,6 +7,7 @@ removal), before or after the step is done; n runs over all of them.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -154,6 +155,23 @@ def test_a_resumed_file_is_byte_for_byte_an_uninterrupted_one(packing: Pack, tmp
         spec = replace(table.spec, generation="0" * 32)
         again = write_row_file(planned.source, tmp_path / spec.name, leaf_pages=2, spec=spec)
         assert again.path.read_bytes() == table.path.read_bytes()
+
+
+def test_consumption_asked_for_on_resuming_is_checked_like_any_other(packing: Pack) -> None:
+    shard = packing.source / "b-1.safetensors"
+    with shard.open("r+b") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        data = file.read()
+    header["bias"] = {"dtype": "U8", "shape": [3], "data_offsets": [len(data), len(data) + 3]}
+    text = json.dumps(header).encode()
+    shard.write_bytes(len(text).to_bytes(8, "little") + text + data + b"abc")
+    assert pack_until_killed(packing, 25, after=True)
+    with pytest.raises(BadRequest, match=r"b-1\.safetensors, which also holds bias"):
+        packing(consume="yes")
+    assert len(packing.shards()) == 6
+    packing(consume="force")
+    packing.check_complete()
+    assert packing.shards() == []
 
 
 def test_a_changed_source_is_not_mixed_into_an_unfinished_pack(packing: Pack) -> None:

@@ -75,7 +75,7 @@ def test_staging_too_small_for_the_largest_row(
 ) -> None:
     folder = packed.copy_to(tmp_path)
     nvme = Nvme(staging_bytes=staging_bytes // 2, run_pages_max=8)
-    what = r"\$\.nvme\.staging_bytes: .* largest record has 10000; give at least (\d+)"
+    what = r"\$\.nvme\.staging_bytes: .* largest has 10000; give at least (\d+)"
     with pytest.raises(errors.ConfigError, match=what) as caught:
         open_store(folder, small_config(nvme=nvme))
     needed = int(str(caught.value).split("give at least ")[1])
@@ -155,9 +155,10 @@ def test_records_of_one_table_are_never_another_tables(opened_store: Device, pac
 
 def test_staging_stays_inside_its_budget(opened_store: Device) -> None:
     pool = opened_store.store._filler._staging
-    free = list(pool._free.queue)
-    assert len(free) == BUFFERS_MAX
-    taken = sum(s.pages.nbytes + s.records.nbytes for s in free)
+    assert len(pool._free) == BUFFERS_MAX
+    taken = sum(half.nbytes for s in pool._free for half in s.halves) + sum(
+        s.records.nbytes for s in pool._free
+    )
     assert taken <= opened_store.store.config.nvme.staging_bytes
 
 

@@ -101,11 +101,7 @@ class MemoryService:
     def _parse(self, message: pb.LookupRequest) -> LookupRequest:
         scheme = self._store.table(message.table).spec.scheme
         request = request_from_message(message, scheme.orders if scheme else 1)
-        if request.ids.size > self._limits.request_ids_max:
-            raise BatchTooLarge(
-                f"table {request.table!r}: {request.ids.size} ids in one request; the limit is "
-                f"{self._limits.request_ids_max} (limits.request_ids_max); split the batch"
-            )
+        self._store.check_size(request)
         return request
 
     def _reply_bytes(self, request: LookupRequest) -> int:

@@ -74,14 +74,14 @@ class Store:
         for table in self._tables.values():
             sizes[table.spec.record_bytes] += table.spec.rows * table.spec.row_bytes
         self._dram = DramTier(config.dram.budget_bytes, sizes, self.counters)
-        self._reader = make_reader(config)
+        staging = StagingPool(config.nvme.staging_bytes, max(sizes, default=0))
+        self._reader = make_reader(config)  # what may raise comes before: a reader has threads
         nvme = NvmeTier(
             self._reader,
             self.counters,
             gap_pages_max=config.nvme.coalesce_gap_pages,
             run_pages_max=config.nvme.run_pages_max,
         )
-        staging = StagingPool(config.nvme.staging_bytes, max(sizes, default=0))
         self._filler = Filler(nvme, staging, InFlight(), self.counters)
         self._hints = HintQueue(config.prefetch.workers, config.limits.prefetch_queue_max, self._serve_hint)
 
@@ -165,6 +165,7 @@ class Store:
     def prefetch(self, request: LookupRequest) -> bool:
         """Read into DRAM, soon, what is not there; False where the hint was dropped."""
         self._gate.check()
+        self.check_size(request)
         access = self.table(request.table).access(request)
         access.table.check_ids(request)
         if not access.cached:
@@ -175,6 +176,15 @@ class Store:
         accepted = self._hints.offer(request)
         self.counters.add(**{"hints_accepted" if accepted else "hints_dropped": 1})
         return accepted
+
+    def check_size(self, request: LookupRequest) -> None:
+        """Raises BatchTooLarge where a hint, or a request from outside, holds too many ids to be kept."""
+        limit = self.config.limits.request_ids_max
+        if request.ids.size > limit:
+            raise BatchTooLarge(
+                f"table {request.table!r}: {request.ids.size} ids in one request; the limit is {limit} "
+                "(limits.request_ids_max); split the batch"
+            )
 
     def _serve_hint(self, request: LookupRequest) -> None:
         access = self.table(request.table).access(request)
