@@ -154,3 +154,26 @@ def read_records(
     counts[MASKED] += masked
     counts[MISSED] += missed
     return missed
+
+
+@kernel
+def read_again(index, slots, sets, slot_bytes, keys, owner, orders, part_at, part_bytes, out, misses, missed):
+    """Look for the entries `misses[:missed]` in another arena; keeps in `misses` what is not there.
+
+    Else as `read_records`. Returns the number of misses left.
+    """
+    left = 0
+    for m in range(missed):
+        i = misses[m]
+        entry_owner = owner + i % orders
+        h = mix(keys[i], entry_owner)
+        which = set_of(h, sets)
+        line = index + which * LINE_BYTES
+        set_slots = slots + which * WAYS * slot_bytes
+        target = out + i * part_bytes
+        if not copy_if_present(
+            line, set_slots, slot_bytes, tag_of(h), keys[i], entry_owner, part_at, part_bytes, target
+        ):
+            misses[left] = i
+            left += 1
+    return left

@@ -51,5 +51,8 @@ class Transport(Protocol):
     def stats(self) -> dict[str, int]:
         """The service's counters."""
 
+    def set_dram_budget(self, budget_bytes: int) -> int:
+        """Change the service's DRAM budget while it serves; returns the budget in force, in bytes."""
+
     def close(self) -> None:
         """Release connections; waiting calls raise Cancelled or Unavailable."""

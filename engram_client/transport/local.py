@@ -50,6 +50,10 @@ class LocalTransport:
     def stats(self) -> dict[str, int]:
         return dict(self._store.stats())
 
+    def set_dram_budget(self, budget_bytes: int) -> int:
+        self._store.set_dram_budget(budget_bytes)
+        return int(self._store.stats()["dram_budget_bytes"])
+
     def close(self) -> None:
         self._closed = True
         self._release()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -169,3 +171,53 @@ def test_a_limit_holds_for_hints_too(packed: PackedStore, tmp_path: Path) -> Non
         assert client.table(V41).warm_ngrams(random_keys(oracle, 99))
         with pytest.raises(errors.BatchTooLarge, match=r"300 ids.*299 \(limits\.request_ids_max\)"):
             client.table(V41).warm_ngrams(random_keys(oracle, 100))
+
+
+def test_the_budget_changes_while_serving_and_what_fits_stays(packed: PackedStore, tmp_path: Path) -> None:
+    folder, oracle = packed.copy_to(tmp_path), packed.oracles[V41]
+    with opened(folder, small_config(64 << 20)) as made, connect(f"local:{folder}") as client:
+        keys = random_keys(oracle, 2000)
+        client.table(V41).lookup_ngrams(keys)
+        for budget in (512 << 20, 128 << 20):
+            assert client.set_dram_budget(budget) == budget
+            stats = client.stats()
+            assert stats["dram_budget_bytes"] == budget
+            assert stats["dram_bytes"] <= budget
+            before = made.device.pages
+            assert np.array_equal(client.table(V41).lookup_ngrams(keys), oracle.lookup_ngrams(keys))
+            assert made.device.pages - before < 0.02 * keys.size * 8, "records were dropped that fit"
+
+
+def test_look_ups_stay_right_while_the_budget_changes(packed: PackedStore, tmp_path: Path) -> None:
+    folder, oracle = packed.copy_to(tmp_path), packed.oracles[V41]
+    with opened(folder, small_config(8 << 20)) as made, connect(f"local:{folder}") as client:
+        table, failures = client.table(V41), []
+        table.lookup_ngrams(random_keys(oracle, 200))
+
+        def change() -> None:
+            try:
+                for budget in (64 << 20, 4 << 20, 256 << 20, 2 << 20) * 3:
+                    client.set_dram_budget(budget)
+            except BaseException as error:
+                failures.append(error)
+
+        changer = threading.Thread(target=change)
+        changer.start()
+        for seed in itertools.count():
+            keys = random_keys(oracle, 200, seed)
+            assert np.array_equal(table.lookup_ngrams(keys), oracle.lookup_ngrams(keys))
+            if not changer.is_alive():
+                break
+        assert not failures
+        assert made.store.stats()["records_moved"] > 0
+
+
+def test_a_live_budget_that_cannot_be_is_refused_and_changes_nothing(
+    packed: PackedStore, tmp_path: Path
+) -> None:
+    folder = packed.copy_to(tmp_path)
+    with opened(folder, small_config(8 << 20)), connect(f"local:{folder}") as client:
+        for budget, what in ((0, "only at a start"), (1, "at least"), (1 << 50, "memory"), (-1, "0")):
+            with pytest.raises(errors.ConfigError, match=what):
+                client.set_dram_budget(budget)
+        assert client.stats()["dram_budget_bytes"] == 8 << 20

@@ -80,6 +80,24 @@ def write_record(line, slot, way, tag, key, owner, source, record_bytes, mark):
     store_release(line + SEQUENCE_AT, sequence + 2)
 
 
+@inline_kernel
+def admit_one(index, slots, sets, slot_bytes, record_bytes, key, owner, source, mark, counts):
+    """Write one record into its set, unless it is there already."""
+    h = mix(key, owner)
+    which = set_of(h, sets)
+    tag = tag_of(h)
+    line = index + which * LINE_BYTES
+    set_slots = slots + which * WAYS * slot_bytes
+    empty_if_abandoned(line)
+    if find_way(line, set_slots, slot_bytes, tag, key, owner) >= 0:
+        return
+    way = choose_way(line)
+    counts[ADMITTED] += 1
+    if load_half(line + TAGS_AT + 2 * way) != 0:
+        counts[EVICTED] += 1
+    write_record(line, set_slots + way * slot_bytes, way, tag, key, owner, source, record_bytes, mark)
+
+
 @kernel
 def admit_records(index, slots, sets, slot_bytes, record_bytes, keys, owners, source, places, mark, counts):
     """Write records into the arena; one already there is left alone.
@@ -89,19 +107,41 @@ def admit_records(index, slots, sets, slot_bytes, record_bytes, keys, owners, so
     that are wanted soon, else 0. Adds to `counts` (ADMITTED, EVICTED).
     """
     for i in range(keys.size):
-        h = mix(keys[i], owners[i])
-        which = set_of(h, sets)
-        tag = tag_of(h)
-        line = index + which * LINE_BYTES
-        set_slots = slots + which * WAYS * slot_bytes
-        empty_if_abandoned(line)
-        if find_way(line, set_slots, slot_bytes, tag, keys[i], owners[i]) >= 0:
-            continue
-        way = choose_way(line)
-        counts[ADMITTED] += 1
-        if load_half(line + TAGS_AT + 2 * way) != 0:
-            counts[EVICTED] += 1
-        write_record(
-            line, set_slots + way * slot_bytes, way, tag, keys[i], owners[i],
-            source + places[i] * record_bytes, record_bytes, mark,
+        record = source + places[i] * record_bytes
+        admit_one(
+            index, slots, sets, slot_bytes, record_bytes, keys[i], owners[i], record, mark, counts
         )  # fmt: skip
+
+
+@inline_kernel
+def empty_set(line):
+    """Forget every record of a set; readers inside it notice."""
+    sequence = load_word(line + SEQUENCE_AT) & ~1
+    store_word(line + SEQUENCE_AT, sequence + 1)
+    fence_release()
+    zero_bytes(line + TAGS_AT, 2 * WAYS)
+    zero_bytes(line + VISITED_AT, WAYS)
+    store_release(line + SEQUENCE_AT, sequence + 2)
+
+
+@kernel
+def move_sets(old_index, old_slots, old_slot_bytes, first, last, index, slots, sets, record_bytes, counts):
+    """Move the records of sets [first, last) of one arena into another, and empty those sets.
+
+    Addresses (int64) of both arenas; slots have the same size. Which set a record belongs to rises with its
+    hash in both, so moving sets in order fills the other arena in order. Adds to `counts`.
+    """
+    for which in range(first, last):
+        line = old_index + which * LINE_BYTES
+        set_slots = old_slots + which * WAYS * old_slot_bytes
+        empty_if_abandoned(line)
+        for way in range(WAYS):
+            if load_half(line + TAGS_AT + 2 * way) != 0:
+                slot = set_slots + way * old_slot_bytes
+                key, owner = load_word(slot + KEY_AT), load_word(slot + OWNER_AT)
+                mark = load_byte(line + VISITED_AT + way)
+                record = slot + RECORD_AT
+                admit_one(
+                    index, slots, sets, old_slot_bytes, record_bytes, key, owner, record, mark, counts
+                )  # fmt: skip
+        empty_set(line)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from msgspec import structs
 
 from engram_client.arrays import address_of
 from engram_client.deadline import Deadline
@@ -21,7 +22,7 @@ from engram_client.errors import BadRequest, BatchTooLarge, StorageError, Unknow
 from engram_client.spec import TableSpec
 from engram_client.transport.base import LookupRequest
 from tierstore.catalog import Catalog
-from tierstore.config import Config
+from tierstore.config import Config, Dram, check_config, memory_limit
 from tierstore.devices.base import PageReader
 from tierstore.devices.opening import open_reader
 from tierstore.store.fill import Filler, read_scattered
@@ -221,6 +222,17 @@ class Store:
                 f"got {out.dtype} of {out.nbytes}"
             )
 
+    def set_dram_budget(self, budget_bytes: int) -> None:
+        """Grow or shrink the DRAM budget while serving; returns when memory has followed.
+
+        Look-ups go on meanwhile, and records stay as far as they fit. Raises ConfigError for a
+        budget the process may not use, or below what every record size needs.
+        """
+        with self._gate:
+            dram = Dram(budget_bytes=budget_bytes)
+            check_config(structs.replace(self.config, dram=dram), memory_limit())
+            self._dram.resize(budget_bytes)
+
     def stats(self) -> dict[str, int]:
         """Counters since the store was opened, and the sizes of the tiers."""
         self._gate.check()
@@ -229,7 +241,7 @@ class Store:
             "tables_served": len(self._tables),
             "tables_damaged": len(self._broken),
             "dram_bytes": self._dram.total_bytes,
-            "dram_budget_bytes": self.config.dram.budget_bytes,
+            "dram_budget_bytes": self._dram.budget_bytes,
             "dram_capacity_records": self._dram.capacity_records,
         }
 
@@ -238,6 +250,7 @@ class Store:
         self._hints.close()
         if self._gate.close():
             self._reader.close()
+            self._dram.close()
             self._close_files()
 
     def disown_after_fork(self) -> None:
