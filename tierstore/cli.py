@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import os
 import sys
@@ -46,6 +47,8 @@ EXIT_CODES: tuple[tuple[type[errors.TierstoreError], int], ...] = (
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; returns its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # paths need not be UTF-8, and come out as they are
     parser = _front()
     name = next((a for a in arguments if not a.startswith("-")), None)
     command = _load(parser, name) if name in COMMANDS else None
