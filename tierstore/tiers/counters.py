@@ -22,6 +22,7 @@ NAMES = (
     "records_read",  # records put together from NVMe
     "records_admitted",  # into DRAM
     "records_evicted",
+    "records_restored",  # from the snapshot of an earlier run
     "records_moved",  # kept while the DRAM budget was changed
     "nvme_rows",
     "nvme_pages",  # distinct pages wanted
