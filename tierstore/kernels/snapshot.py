@@ -1,6 +1,6 @@
 """Copying an arena's records out and in, whole sets at a time.
 
-    entry    int64 key, int64 owner | mark << 62, record, padding: as long as a slot of the arena
+entry    int64 key, int64 owner | mark << 62, record, padding: as long as a slot of the arena
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def copy_sets_out(index, slots, sets, slot_bytes, first, target, entries_max):
     which = first
     while which < sets and entries + WAYS <= entries_max:
         line = index + which * LINE_BYTES
-        entries += copy_set(line, slots + which * WAYS * slot_bytes, slot_bytes, target + entries * slot_bytes)
+        entries += copy_set(
+            line, slots + which * WAYS * slot_bytes, slot_bytes, target + entries * slot_bytes
+        )
         which += 1
     return which, entries
 

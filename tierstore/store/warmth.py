@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engram_client.errors import FormatError, StorageError
+from tierstore.config import Dram
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.dram import Arena
 from tierstore.tiers.snapshot import Owners, load_snapshot, write_snapshot
@@ -25,13 +26,13 @@ class Warmth:
     """Loads and writes the snapshots in `folder`, one for each arena."""
 
     def __init__(
-        self, folder: Path, arenas: Mapping[int, Arena], owners: Owners, counters: Counters, period_s: float
+        self, folder: Path, arenas: Mapping[int, Arena], owners: Owners, counters: Counters, config: Dram
     ) -> None:
         self._arenas = {folder / f"{record_bytes}.warm": arena for record_bytes, arena in arenas.items()}
         self._folder = folder
         self._owners = owners
         self._counters = counters
-        self._period_s = period_s
+        self._config = config
         self._closing = threading.Event()
         self._loaded = threading.Event()
         self._thread = threading.Thread(target=self._work, name="tierstore-warmth", daemon=True)
@@ -47,7 +48,7 @@ class Warmth:
                 self._load(path, arena)
         if not self._closing.is_set():
             self._loaded.set()
-        while not self._closing.wait(self._period_s):
+        while not self._closing.wait(self._config.snapshot_period_s or None):
             self._write_all(self._closing)
 
     def _load(self, path: Path, arena: Arena) -> None:
@@ -72,5 +73,14 @@ class Warmth:
         """Stop, and write a last snapshot, unless the old one was not even loaded yet."""
         self._closing.set()
         self._thread.join()
-        if self._loaded.is_set():
-            self._write_all(threading.Event())
+        if self._loaded.is_set() and self._config.snapshot_period_s:
+            too_late = threading.Event()
+            timer = threading.Timer(self._config.snapshot_close_timeout_s, too_late.set)
+            timer.daemon = True
+            timer.start()
+            self._write_all(too_late)
+            timer.cancel()
+            if too_late.is_set():
+                log.warning(
+                    "the last snapshot of the cache took too long and was given up; the one before stays"
+                )

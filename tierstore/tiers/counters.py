@@ -23,6 +23,7 @@ NAMES = (
     "records_admitted",  # into DRAM
     "records_evicted",
     "records_restored",  # from the snapshot of an earlier run
+    "snapshot_bytes_read",
     "records_moved",  # kept while the DRAM budget was changed
     "nvme_rows",
     "nvme_pages",  # distinct pages wanted

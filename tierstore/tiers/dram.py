@@ -135,9 +135,7 @@ class Arena:
         counts = np.zeros(2, np.int64)
         with self._writing:
             region = self._region
-            admit_entries(
-                *region.places, region.geometry.record_bytes, source, entries, owners, counts
-            )
+            admit_entries(*region.places, region.geometry.record_bytes, source, entries, owners, counts)
             self._note(counts)
         self._counters.add(records_restored=counts[ADMITTED], records_evicted=counts[EVICTED])
 

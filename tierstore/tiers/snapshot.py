@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -116,7 +117,9 @@ def _header(shape: ChunkShape, owners: Owners, entries: int) -> np.ndarray:
         }
     ).encode()
     if 16 + len(text) > HEADER_BYTES - 8:
-        raise FormatError(f"a snapshot's header holds {HEADER_BYTES - 24} bytes, {len(owners)} owners need more")
+        raise FormatError(
+            f"a snapshot's header holds {HEADER_BYTES - 24} bytes, {len(owners)} owners need more"
+        )
     header[:8] = np.frombuffer(MAGIC, np.uint8)
     header[8:16].view(np.uint64)[0] = len(text)
     header[16 : 16 + len(text)] = np.frombuffer(text, np.uint8)
@@ -149,13 +152,13 @@ def load_snapshot(path: Path, arena: Arena, owners: Owners, stop: threading.Even
         os.close(fd)
 
 
-def _read_header(fd: int, path: Path, shape: ChunkShape) -> dict[str, dict[str, int]]:
+def _read_header(fd: int, path: Path, shape: ChunkShape) -> dict[str, Any]:
     header = aligned_bytes(HEADER_BYTES)
     whole = read_up_to(fd, path, header, 0) == HEADER_BYTES
     words = header.view(np.uint64)
     if not whole or header[:8].tobytes() != MAGIC or words[-1] != words_checksum(words[:-1], 0):
         raise FormatError(f"{path} is not a snapshot of a cache, or its header is damaged")
-    written: dict[str, dict[str, int]] = json.loads(header[16 : 16 + int(words[1])].tobytes())
+    written: dict[str, Any] = json.loads(header[16 : 16 + int(words[1])].tobytes())
     for key, expected in (
         ("version", VERSION),
         ("entry_bytes", shape.entry_bytes),
