@@ -42,16 +42,16 @@ async def _serve(directory: Path, config: Config, ready: Callable[[list[str]], N
         log.info("draining: running requests get %g s", config.serve.drain_timeout_s)
         await server.stop(config.serve.drain_timeout_s)
     finally:
-        await _leave(release)
+        await _leave(release, config.dram.snapshot_close_timeout_s + LEAVE_TIMEOUT_S)
     log.info("stopped")
 
 
-async def _leave(release: Callable[[], None]) -> None:
+async def _leave(release: Callable[[], None], timeout_s: float) -> None:
     """Close the store. A disk that hangs must not keep the process: then it ends as it is."""
     try:
-        await asyncio.wait_for(asyncio.to_thread(release), LEAVE_TIMEOUT_S)
+        await asyncio.wait_for(asyncio.to_thread(release), timeout_s)
     except TimeoutError:
-        log.error("reads still hang in the disk after %g s; leaving without them", LEAVE_TIMEOUT_S)
+        log.error("reads still hang in the disk after %g s; leaving without them", timeout_s)
         os._exit(FORCED_EXIT)
 
 

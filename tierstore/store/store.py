@@ -32,6 +32,7 @@ from tierstore.store.in_flight import InFlight
 from tierstore.store.lock import acquire_store_lock
 from tierstore.store.opening import open_tables
 from tierstore.store.table import Access, ServedTable
+from tierstore.store.warmth import Warmth
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.dram import Arena, DramTier
 from tierstore.tiers.nvme import NvmeTier
@@ -84,7 +85,22 @@ class Store:
             run_pages_max=config.nvme.run_pages_max,
         )
         self._filler = Filler(nvme, staging, InFlight(), self.counters)
+        self._warmth = Warmth(
+            self.directory / "warm", self._dram.arenas(), self._owners(), self.counters, config.dram
+        )
         self._hints = HintQueue(config.prefetch.workers, config.limits.prefetch_queue_max, self._serve_hint)
+
+    def _owners(self) -> dict[str, int]:
+        """Every owner of records by what it is in any process: a generation and an order."""
+        return {
+            f"{table.spec.generation}/{order}": table.owner + order
+            for table in self._tables.values()
+            for order in range(len(table.head_sizes))
+        }
+
+    def wait_warm(self, timeout_s: float | None = None) -> bool:
+        """Wait until the cache that an earlier run left is in DRAM; False where that takes longer."""
+        return self._warmth.wait_loaded(timeout_s)
 
     def warm_up(self) -> None:
         """Look up one key of every table: kernels are compiled and the disk is known to answer.
@@ -249,6 +265,7 @@ class Store:
         """Finish what runs and let go of the directory; idempotent."""
         self._hints.close()
         if self._gate.close():
+            self._warmth.close()
             self._reader.close()
             self._dram.close()
             self._close_files()

@@ -22,6 +22,8 @@ NAMES = (
     "records_read",  # records put together from NVMe
     "records_admitted",  # into DRAM
     "records_evicted",
+    "records_restored",  # from the snapshot of an earlier run
+    "snapshot_bytes_read",
     "records_moved",  # kept while the DRAM budget was changed
     "nvme_rows",
     "nvme_pages",  # distinct pages wanted

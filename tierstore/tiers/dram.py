@@ -8,6 +8,7 @@ sizes in proportion to the bytes of the tables behind them. Reading takes no loc
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from engram_client.arena.layout import WAYS, ArenaGeometry
 from engram_client.arena.read import MASKED, read_again, read_records
 from engram_client.errors import ConfigError
 from tierstore.kernels.admit import ADMITTED, EVICTED, admit_records, move_sets
+from tierstore.kernels.snapshot import admit_entries, copy_sets_out
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.region import Region
 
@@ -117,6 +119,26 @@ class Arena:
             self._counters.add(records_moved=counts[ADMITTED], records_evicted=counts[EVICTED])
             old.free_slots_of(first, last - first)
 
+    def copy_out(self, target: int, entries_max: int) -> Iterator[int]:
+        """Copy all records to address `target`, so many at a time; yields how many lie there now.
+
+        Nothing is locked but resizing. tierstore/kernels/snapshot.py says what an entry is.
+        """
+        with self._resizing:
+            region, which = self._region, 0
+            while which < region.geometry.sets:
+                which, entries = copy_sets_out(*region.places, which, target, entries_max)
+                yield entries
+
+    def copy_in(self, source: int, entries: int, owners: np.ndarray) -> None:
+        """Admit entries that `copy_out` made; `owners` int64 [n, 2] renames owners, others are left out."""
+        counts = np.zeros(2, np.int64)
+        with self._writing:
+            region = self._region
+            admit_entries(*region.places, region.geometry.record_bytes, source, entries, owners, counts)
+            self._note(counts)
+        self._counters.add(records_restored=counts[ADMITTED], records_evicted=counts[EVICTED])
+
     def close(self) -> None:
         """Stop work in the background."""
         self._collapsing.stop()
@@ -188,6 +210,10 @@ class DramTier:
     def close(self) -> None:
         for arena in self._arenas.values():
             arena.close()
+
+    def arenas(self) -> dict[int, Arena]:
+        """Every arena by the bytes of its records."""
+        return dict(self._arenas)
 
     @property
     def total_bytes(self) -> int:
