@@ -117,7 +117,7 @@ def _plain_checkpoint(folder: Path) -> Path:
 def small_config(dram_bytes: int = 4 << 20, **sections: Any) -> Config:
     """Little memory, few threads; `sections` as in Config."""
     return Config(
-        dram=Dram(budget_bytes=dram_bytes),
+        dram=Dram(budget_bytes=dram_bytes, snapshot_period_s=0),
         **{"nvme": Nvme(read_threads=4, staging_bytes=2 << 20), "prefetch": Prefetch(workers=1), **sections},
     )
 
@@ -134,18 +134,29 @@ class Device:
 @contextmanager
 def opened(directory: Path, config: Config | None = None, faults: Faults | None = None) -> Iterator[Device]:
     """Open a store over a simulated device; `connect("local:...")` meanwhile shares it."""
+    config = config or small_config()
+    device, release = open_simulated(directory, config, faults)
+    store, release_too = open_store(directory, config)
+    try:
+        yield Device(store, device, directory)
+    finally:
+        device.heal()
+        release()
+        release_too()
+
+
+def open_simulated(
+    directory: Path, config: Config, faults: Faults | None = None
+) -> tuple[SimulatedDevice, Callable[[], None]]:
+    """Have the store of `directory` read through a simulated device, for whoever opens it until released."""
     made: list[SimulatedDevice] = []
 
     def make_reader(config: Config) -> SimulatedDevice:
         made.append(SimulatedDevice(configured_reader(config), faults, seed=1))
         return made[0]
 
-    store, release = open_store(directory, config or small_config(), make_reader=make_reader)
-    try:
-        yield Device(store, made[0], directory)
-    finally:
-        made[0].heal()
-        release()
+    _, release = open_store(directory, config, make_reader=make_reader)
+    return made[0], release
 
 
 @pytest.fixture
