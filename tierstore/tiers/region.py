@@ -9,7 +9,6 @@ costs about two seconds a GiB and makes look-ups 1.2 to 1.5 times as fast.
 from __future__ import annotations
 
 import ctypes
-import errno
 import logging
 import mmap
 import os
@@ -57,17 +56,17 @@ class Region:
     def collapse(self, stop: threading.Event) -> None:
         """Gather the memory in huge pages, until done, refused, or told to stop.
 
-        Where free memory is too scattered for one, the next piece is tried all the same.
+        A piece that was never touched is refused, and so is one where free memory is too scattered:
+        the next is tried all the same.
         """
         left_small = 0
         for start in range(0, self._size, HUGE_PAGE_BYTES):
             if stop.is_set():
                 return
             if _libc.madvise(self.index + start, HUGE_PAGE_BYTES, MADV_COLLAPSE):
-                number = ctypes.get_errno()
                 left_small += 1
-                if number not in (errno.EAGAIN, errno.ENOMEM, errno.EBUSY) or left_small > REFUSALS_MAX:
-                    _say_no_huge_pages(number)
+                if left_small > REFUSALS_MAX:
+                    _say_no_huge_pages(ctypes.get_errno())
                     return
 
     def free_slots_of(self, first_set: int, sets: int) -> None:
