@@ -46,7 +46,9 @@ class LocalTransport:
 
     def hit_path(self, spec: TableSpec) -> HitPath | None:
         path: HitPath | None = self._store.hit_path(spec.name, spec.generation)
-        return path
+        if path is None:
+            return None
+        return lambda keys: None if self._closed else path(keys)
 
     def prefetch(self, request: LookupRequest) -> bool:
         return bool(self._store.prefetch(request))
