@@ -25,15 +25,16 @@ from tierstore.store.store import configured_reader
 from tierstore.testing.device import Faults, SimulatedDevice
 
 V41 = "v41"  # records of 8 rows of 264 bytes, 3 orders
-V41_ROWS = "v41-rows"  # the same kind of table, addressed by rows
+V41_14 = "v41-14"  # another of these: their records share an arena
+V41_ROWS = "v41-rows"  # the same rows, addressed by rows
 PLE = "ple"  # records of 8 rows of 160 bytes, 2 orders; padded
 DEMO = "demo"  # heads so small that row ids do not determine a key: addressed by rows
 PLAIN = "plain"  # no hash scheme, rows of 24 bytes
 LARGE = "large"  # rows of 10,000 bytes, three pages each
-RECORD_TABLES = (V41, PLE)
-SCHEME_TABLES = (V41, V41_ROWS, PLE, DEMO)
+RECORD_TABLES = (V41, V41_14, PLE)
+SCHEME_TABLES = (V41, V41_14, V41_ROWS, PLE, DEMO)
 ROW_TABLES = (V41_ROWS, DEMO, PLAIN, LARGE)
-ALL_TABLES = (V41, V41_ROWS, PLE, DEMO, PLAIN, LARGE)
+ALL_TABLES = (V41, V41_14, V41_ROWS, PLE, DEMO, PLAIN, LARGE)
 WORDS = {"[UNK]": 0, "apple": 1, "Apple": 2, "pear": 3}  # folds to 3
 
 
@@ -81,6 +82,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedStore:
     layout = _plain_checkpoint(folder)
     for source, options in (
         (v41, PackOptions(name=V41, layers=(1,))),
+        (v41, PackOptions(name=V41_14, layers=(14,))),
         (v41, PackOptions(name=V41_ROWS, layers=(14,), addressing="row")),
         (ple, PackOptions(name=PLE)),
         (demo, PackOptions(name=DEMO, layers=(15,))),
@@ -89,6 +91,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedStore:
         pack(source, store, options, notify=lambda text: None, on_progress=lambda progress: None)
     oracles = {
         V41: v41_oracle(v41, 1),
+        V41_14: v41_oracle(v41, 14),
         V41_ROWS: v41_oracle(v41, 14),
         PLE: ple_oracle(ple, 1),
         DEMO: demo_oracle(demo, 15),
@@ -117,7 +120,7 @@ def _plain_checkpoint(folder: Path) -> Path:
 def small_config(dram_bytes: int = 4 << 20, **sections: Any) -> Config:
     """Little memory, few threads; `sections` as in Config."""
     return Config(
-        dram=Dram(budget_bytes=dram_bytes, snapshot_period_s=0),
+        dram=Dram(budget_bytes=dram_bytes),
         **{"nvme": Nvme(read_threads=4, staging_bytes=2 << 20), "prefetch": Prefetch(workers=1), **sections},
     )
 
