@@ -26,10 +26,11 @@ from engram_client.arena.layout import (
     KEY_AT,
     LINE_BYTES,
     OWNER_AT,
+    READS_MAX,
     RECORD_AT,
     SEQUENCE_AT,
+    STATES_AT,
     TAGS_AT,
-    VISITED_AT,
     WAYS,
 )
 from engram_client.jit import inline_kernel, kernel
@@ -84,6 +85,14 @@ def first_tag(line, tag):
 
 
 @inline_kernel
+def count_read(line, way):
+    """One read more of this way; a record that was read often leaves its line clean."""
+    state = load_byte(line + STATES_AT + way)
+    if state & READS_MAX < READS_MAX:
+        store_byte(line + STATES_AT + way, state + 1)
+
+
+@inline_kernel
 def copy_if_present(line, set_slots, slot_bytes, tag, key, owner, part_at, part_bytes, target):
     """Copy a part of the record and return True, or return False: a miss."""
     for _ in range(TRIES):
@@ -95,8 +104,8 @@ def copy_if_present(line, set_slots, slot_bytes, tag, key, owner, part_at, part_
             copy_bytes(target, set_slots + way * slot_bytes + RECORD_AT + part_at, part_bytes)
         fence_acquire()
         if load_relaxed(line + SEQUENCE_AT) == before:
-            if way >= 0 and load_byte(line + VISITED_AT + way) == 0:
-                store_byte(line + VISITED_AT + way, 1)
+            if way >= 0:
+                count_read(line, way)
             return way >= 0
     return False
 

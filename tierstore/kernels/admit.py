@@ -1,9 +1,8 @@
-"""Writing records into an arena, and choosing which one goes.
+"""Writing records into an arena.
 
-Replacement is CLOCK within a set: the hand passes over ways that were read since it last came by,
-taking their mark, and stops at the first that was not. A record that a look-up brought in comes
-unmarked, so one that is never read again leaves before one that is. A record that a hint brought
-in is known to be wanted: it comes marked, or it would leave before it was ever used.
+`replacement` chooses which record goes. A record that a look-up brought in comes with no reads
+counted, so one that is never read again leaves soon. A record that a hint brought in is known to be
+wanted: it comes into the main queue with one read, or it would leave before it was ever used.
 
 A writer makes the set's sequence odd, changes the set, and makes it even again; readers that
 overlap throw their copy away. Writers of one arena must hold its lock.
@@ -14,47 +13,29 @@ from __future__ import annotations
 from engram_client.arena.atomics import (
     copy_bytes,
     fence_release,
-    load_byte,
     load_half,
     load_word,
-    store_byte,
     store_half,
     store_release,
     store_word,
     zero_bytes,
 )
 from engram_client.arena.layout import (
-    HAND_AT,
+    GHOST_BYTES,
     KEY_AT,
     LINE_BYTES,
+    MAIN,
     OWNER_AT,
     RECORD_AT,
     SEQUENCE_AT,
     TAGS_AT,
-    VISITED_AT,
     WAYS,
 )
 from engram_client.arena.read import find_way, mix, set_of, tag_of
 from engram_client.jit import inline_kernel, kernel
+from tierstore.kernels.replacement import choose_way, make_newest, recall, remember
 
 ADMITTED, EVICTED = 0, 1  # places in the counts array
-
-
-@inline_kernel
-def choose_way(line):
-    """An empty way, else the first unvisited one from the hand on; the hand moves past it."""
-    for way in range(WAYS):
-        if load_half(line + TAGS_AT + 2 * way) == 0:
-            return way
-    hand = load_byte(line + HAND_AT)
-    for _ in range(2 * WAYS):
-        way = hand % WAYS
-        hand += 1
-        if load_byte(line + VISITED_AT + way) == 0:
-            break
-        store_byte(line + VISITED_AT + way, 0)
-    store_byte(line + HAND_AT, hand % WAYS)
-    return way
 
 
 @inline_kernel
@@ -67,7 +48,7 @@ def empty_if_abandoned(line):
 
 
 @inline_kernel
-def write_record(line, slot, way, tag, key, owner, source, record_bytes, mark):
+def write_record(line, slot, way, tag, key, owner, source, record_bytes, state):
     """Put one record into a way, invisible to readers until it is whole."""
     sequence = load_word(line + SEQUENCE_AT)
     store_word(line + SEQUENCE_AT, sequence + 1)
@@ -76,32 +57,47 @@ def write_record(line, slot, way, tag, key, owner, source, record_bytes, mark):
     store_word(slot + OWNER_AT, owner)
     copy_bytes(slot + RECORD_AT, source, record_bytes)
     store_half(line + TAGS_AT + 2 * way, tag)
-    store_byte(line + VISITED_AT + way, mark)
+    make_newest(line, way, state)
     store_release(line + SEQUENCE_AT, sequence + 2)
 
 
+@inline_kernel
+def admit_record(
+    index, slots, ghosts, sets, slot_bytes, record_bytes, key, owner, source, wanted_soon, counts
+):
+    """Write one record at address `source` into the arena unless it is there."""
+    h = mix(key, owner)
+    which = set_of(h, sets)
+    tag = tag_of(h)
+    line, ghost_line = index + which * LINE_BYTES, ghosts + which * GHOST_BYTES
+    set_slots = slots + which * WAYS * slot_bytes
+    empty_if_abandoned(line)
+    if find_way(line, set_slots, slot_bytes, tag, key, owner) >= 0:
+        return
+    known = recall(line, ghost_line, tag)
+    way = choose_way(line)
+    counts[ADMITTED] += 1
+    old_tag = load_half(line + TAGS_AT + 2 * way)
+    if old_tag != 0:
+        counts[EVICTED] += 1
+        remember(line, ghost_line, old_tag)
+    state = MAIN | 1 if wanted_soon else MAIN if known else 0
+    slot = set_slots + way * slot_bytes
+    write_record(line, slot, way, tag, key, owner, source, record_bytes, state)
+
+
 @kernel
-def admit_records(index, slots, sets, slot_bytes, record_bytes, keys, owners, source, places, mark, counts):
+def admit_records(
+    index, slots, ghosts, sets, slot_bytes, record_bytes, keys, owners, source, places, wanted_soon, counts
+):
     """Write records into the arena; one already there is left alone.
 
-    Addresses (int64): `index`, `slots`, and `source`, where record i starts at
-    source + places[i] * record_bytes. `keys`, `owners`, `places` int64 [n]; `mark` 1 for records
-    that are wanted soon, else 0. Adds to `counts` (ADMITTED, EVICTED).
+    Addresses (int64): `index`, `slots` and `ghosts` of the arena, and `source`, where record i starts
+    at source + places[i] * record_bytes. `keys`, `owners`, `places` int64 [n]; `wanted_soon` 1 for
+    records that a hint asked for, else 0. Adds to `counts` (ADMITTED, EVICTED).
     """
     for i in range(keys.size):
-        h = mix(keys[i], owners[i])
-        which = set_of(h, sets)
-        tag = tag_of(h)
-        line = index + which * LINE_BYTES
-        set_slots = slots + which * WAYS * slot_bytes
-        empty_if_abandoned(line)
-        if find_way(line, set_slots, slot_bytes, tag, keys[i], owners[i]) >= 0:
-            continue
-        way = choose_way(line)
-        counts[ADMITTED] += 1
-        if load_half(line + TAGS_AT + 2 * way) != 0:
-            counts[EVICTED] += 1
-        write_record(
-            line, set_slots + way * slot_bytes, way, tag, keys[i], owners[i],
-            source + places[i] * record_bytes, record_bytes, mark,
+        admit_record(
+            index, slots, ghosts, sets, slot_bytes, record_bytes,
+            keys[i], owners[i], source + places[i] * record_bytes, wanted_soon, counts,
         )  # fmt: skip

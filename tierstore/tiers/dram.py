@@ -28,6 +28,7 @@ class Arena:
         self._memory = np.frombuffer(_map_pages(self.geometry.total_bytes), np.uint8)
         self._index = self._memory.ctypes.data
         self._slots = self._index + self.geometry.index_bytes
+        self._ghosts = self._index + self.geometry.ghosts_at
         self._places = (self._index, self._slots, self.geometry.sets, self.geometry.slot_bytes)
         self._writing = threading.Lock()
 
@@ -56,8 +57,9 @@ class Arena:
         g, counts = self.geometry, np.zeros(2, np.int64)
         with self._writing:
             admit_records(
-                *self._places, g.record_bytes, keys, owners, source, places, int(wanted_soon), counts
-            )
+                self._index, self._slots, self._ghosts, g.sets, g.slot_bytes, g.record_bytes,
+                keys, owners, source, places, int(wanted_soon), counts,
+            )  # fmt: skip
         self._counters.add(records_admitted=counts[ADMITTED], records_evicted=counts[EVICTED])
 
 
