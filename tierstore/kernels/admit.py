@@ -1,8 +1,7 @@
 """Writing records into an arena.
 
-`replacement` chooses which record goes. A record that a look-up brought in comes with no reads
-counted, so one that is never read again leaves soon. A record that a hint brought in is known to be
-wanted: it comes into the main queue with one read, or it would leave before it was ever used.
+`replacement` chooses which record goes. A newcomer has no reads counted, so one that is never read
+again leaves soon. A record that a hint brought in is kept for the reader that the hint announced.
 
 A writer makes the set's sequence odd, changes the set, and makes it even again; readers that
 overlap throw their copy away. Writers of one arena must hold its lock.
@@ -28,7 +27,9 @@ from engram_client.arena.layout import (
     OWNER_AT,
     RECORD_AT,
     SEQUENCE_AT,
+    SMALL,
     TAGS_AT,
+    WANTED,
     WAYS,
 )
 from engram_client.arena.read import find_way, mix, set_of, tag_of
@@ -81,7 +82,7 @@ def admit_record(
     if old_tag != 0:
         counts[EVICTED] += 1
         remember(line, ghost_line, old_tag)
-    state = MAIN | 1 if wanted_soon else MAIN if known else 0
+    state = (MAIN if known else SMALL) | (WANTED if wanted_soon else 0)
     slot = set_slots + way * slot_bytes
     write_record(line, slot, way, tag, key, owner, source, record_bytes, state)
 

@@ -1,9 +1,8 @@
 """The arena itself, its own kernels over memory of its own, replaying a trace.
 
-Records have no content here, which changes nothing for their keys. One access at a time, a miss is
-admitted before the next access, as in every simulator. In batches, all of a batch is read first and
-what was missing is admitted after, as a look-up does it; what a batch wants twice is then read from
-disk once, and counts as one miss.
+Records have no content here, which changes nothing for their keys. `tierstore` takes one access at a
+time and admits a miss before the next, as every simulator does. `hinted` reads window by window and
+hints each window before it reads the one ahead of it, as a server does that knows its prompts.
 """
 
 from __future__ import annotations
@@ -16,43 +15,60 @@ from tierbench.policy.compiled import simulator
 from tierbench.policy.traces import RecordTrace
 from tierstore.kernels.admit import ADMITTED, admit_record
 
-
-def arena_memory(geometry: ArenaGeometry) -> np.ndarray:
-    """Zeroed bytes for an arena, on a cache line."""
-    raw = np.zeros(geometry.total_bytes + LINE_BYTES, np.uint8)
-    start = -raw.ctypes.data % LINE_BYTES
-    return raw[start : start + geometry.total_bytes]
+HINT, DEMAND = 0, 1  # bytes read by each
 
 
-def tierstore(trace: RecordTrace, capacity: int, hits: np.ndarray, *, batch: int = 1) -> None:
+class Replay:
+    """An empty arena for so many records."""
+
+    def __init__(self, capacity: int) -> None:
+        geometry = ArenaGeometry(max(1, capacity // WAYS), 0)
+        self._memory = np.zeros(geometry.total_bytes + LINE_BYTES, np.uint8)
+        index = self._memory.ctypes.data + -self._memory.ctypes.data % LINE_BYTES
+        slots, ghosts = index + geometry.index_bytes, index + geometry.ghosts_at
+        self._places = (index, slots, ghosts, geometry.sets, geometry.slot_bytes)
+
+    def play(self, keys: np.ndarray, owners: np.ndarray, part_bytes: int) -> int:
+        """Read the keys one after another, admit each that is missing; returns how many were there."""
+        return int(_replay(*self._places, keys, owners, part_bytes))
+
+
+def tierstore(trace: RecordTrace, capacity: int, hits: np.ndarray) -> None:
     """Add the hits of the first and of the second half to `hits` int64 [2]."""
-    geometry = ArenaGeometry(max(1, capacity // WAYS), 0)
-    memory = arena_memory(geometry)
-    index = memory.ctypes.data
-    places = (index, index + geometry.index_bytes, index + geometry.ghosts_at)
-    keys, owners = trace.keys[trace.ids], trace.owners[trace.ids]
-    half = keys.size // 2
-    for i, part in enumerate((slice(0, half), slice(half, None))):
-        hits[i] += _replay(*places, geometry.sets, geometry.slot_bytes, keys[part], owners[part], batch)
+    replay, half = Replay(capacity), trace.ids.size // 2
+    for i, ids in enumerate((trace.ids[:half], trace.ids[half:])):
+        hits[i] += replay.play(trace.keys[ids], trace.owners[ids], DEMAND)
+
+
+def hinted(trace: RecordTrace, capacity: int, window: int) -> tuple[float, float]:
+    """Shares of the accesses: found by their reader, and read from disk by hint or reader.
+
+    `window` is in accesses.
+    """
+    replay = Replay(capacity)
+    found = read = 0
+    for start in range(-window, trace.ids.size, window):
+        ahead = trace.ids[start + window : start + 2 * window]
+        read += ahead.size - replay.play(trace.keys[ahead], trace.owners[ahead], HINT)
+        now = trace.ids[max(start, 0) : start + window]
+        here = replay.play(trace.keys[now], trace.owners[now], DEMAND)
+        found, read = found + here, read + now.size - here
+    return found / trace.ids.size, read / trace.ids.size
 
 
 @simulator
-def _replay(index, slots, ghosts, sets, slot_bytes, keys, owners, batch):
+def _replay(index, slots, ghosts, sets, slot_bytes, keys, owners, part_bytes):
     counts = np.zeros(2, np.int64)
-    missing = np.empty(batch, np.int64)
-    for start in range(0, keys.size, batch):
-        missed = 0
-        for i in range(start, min(start + batch, keys.size)):
-            h = mix(keys[i], owners[i])
-            which = set_of(h, sets)
-            line, set_slots = index + which * LINE_BYTES, slots + which * WAYS * slot_bytes
-            way = find_way(line, set_slots, slot_bytes, tag_of(h), keys[i], owners[i])
-            if way >= 0:
-                count_read(line, way)
-            else:
-                missing[missed] = i
-                missed += 1
-        for j in range(missed):
-            i = missing[j]
-            admit_record(index, slots, ghosts, sets, slot_bytes, 0, keys[i], owners[i], 0, 0, counts)
+    wanted_soon = 1 if part_bytes == HINT else 0
+    for i in range(keys.size):
+        h = mix(keys[i], owners[i])
+        which = set_of(h, sets)
+        line, set_slots = index + which * LINE_BYTES, slots + which * WAYS * slot_bytes
+        way = find_way(line, set_slots, slot_bytes, tag_of(h), keys[i], owners[i])
+        if way >= 0:
+            count_read(line, way, part_bytes)
+        else:
+            admit_record(
+                index, slots, ghosts, sets, slot_bytes, 0, keys[i], owners[i], 0, wanted_soon, counts
+            )
     return keys.size - counts[ADMITTED]

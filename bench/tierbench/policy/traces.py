@@ -9,6 +9,7 @@ needed for them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def v41_mapping(tokenizer: CompressedTokenizer) -> NgramHashMapping:
 
 
 def documents(ids: Ids, off: Offsets) -> list[Ids]:
-    return [ids[a:b] for a, b in zip(off[:-1], off[1:], strict=True)]
+    return [ids[a:b] for a, b in pairwise(off)]
 
 
 def _layer_keys(mapping: NgramHashMapping, layer: int, sequences: list[Ids]) -> np.ndarray:
