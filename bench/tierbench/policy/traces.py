@@ -66,7 +66,7 @@ def in_turn(lengths: list[int], sessions: int, step: int = 1) -> np.ndarray:
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     waiting = iter(range(len(lengths)))
     running: list[list[int]] = []
-    order = []
+    order: list[np.ndarray] = []
     while True:
         while len(running) < sessions and (d := next(waiting, None)) is not None:
             if lengths[d]:
