@@ -69,6 +69,14 @@ class Client:
         """The service's counters; tierstore/tiers/counters.py says what each counts."""
         return self._transport.stats()
 
+    def set_dram_budget(self, budget_bytes: int) -> int:
+        """Change the service's DRAM budget, in bytes, while it serves; the budget then in force.
+
+        Returns when records have moved and memory was given back. A daemon takes this over its unix socket
+        only. Raises ConfigError for a budget it may not use, BadRequest over TCP.
+        """
+        return self._transport.set_dram_budget(budget_bytes)
+
     def close(self) -> None:
         """Cancel what has not begun, wait for the rest, disconnect; idempotent."""
         self._close()

@@ -73,7 +73,10 @@ class Catalog:
                 path.mkdir(parents=True, exist_ok=True)
             return cls(folder, _acquire(path))
         except (OSError, lmdb.Error) as error:
-            raise StorageError(f"catalog {path} cannot be opened: {error}") from error
+            raise StorageError(
+                f"catalog {path} cannot be opened: {error}; the row files beside it are not touched: restore "
+                "the catalog from a copy, or move it away and pack the tables again"
+            ) from error
 
     def tables(self) -> dict[str, CatalogEntry]:
         """The current generation of every table, by name."""
@@ -168,7 +171,7 @@ class _Shared:
         writable = os.access(path, os.W_OK)
         size_bytes = FIRST_MAP_BYTES if writable else 0
         self.env = lmdb.open(
-            os.fspath(path), map_size=size_bytes, max_dbs=len(DATABASES), readonly=not writable,
+            os.fsencode(path), map_size=size_bytes, max_dbs=len(DATABASES), readonly=not writable,
             lock=writable, max_readers=512,
         )  # fmt: skip
         self.databases = {name: self.env.open_db(name.encode(), create=writable) for name in DATABASES}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import os
 import sys
@@ -46,6 +47,8 @@ EXIT_CODES: tuple[tuple[type[errors.TierstoreError], int], ...] = (
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; returns its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # paths need not be UTF-8, and come out as they are
     parser = _front()
     name = next((a for a in arguments if not a.startswith("-")), None)
     command = _load(parser, name) if name in COMMANDS else None
@@ -72,6 +75,12 @@ def run_command(command: ModuleType, args: argparse.Namespace) -> int:
         # The reader of our output went away, as `| head` does; keep the interpreter quiet about it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+    except OSError as error:
+        # A path that is too long or that we may not look at, wherever that was noticed.
+        where = f"{error.filename}: " if error.filename else ""
+        message = f"{where}{error.strerror or error}; check the path and its permissions"
+        _report(errors.StorageError(message), as_json=getattr(args, "json", False))
+        return STORAGE
 
 
 def exit_code(error: errors.TierstoreError) -> int:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.0005  # the daemon's own: short waits for the GIL between its few threads
 FORCED_EXIT = 130
-LEAVE_TIMEOUT_S = 5.0  # for reads that outlived the draining
+LEAVE_TIMEOUT_S = 2.0  # for reads that outlived the draining
 
 
 def run_daemon(directory: Path, config: Config, ready: Callable[[list[str]], None]) -> None:
@@ -42,16 +42,16 @@ async def _serve(directory: Path, config: Config, ready: Callable[[list[str]], N
         log.info("draining: running requests get %g s", config.serve.drain_timeout_s)
         await server.stop(config.serve.drain_timeout_s)
     finally:
-        await _leave(release)
+        await _leave(release, config.dram.snapshot_close_timeout_s + LEAVE_TIMEOUT_S)
     log.info("stopped")
 
 
-async def _leave(release: Callable[[], None]) -> None:
+async def _leave(release: Callable[[], None], timeout_s: float) -> None:
     """Close the store. A disk that hangs must not keep the process: then it ends as it is."""
     try:
-        await asyncio.wait_for(asyncio.to_thread(release), LEAVE_TIMEOUT_S)
+        await asyncio.wait_for(asyncio.to_thread(release), timeout_s)
     except TimeoutError:
-        log.error("reads still hang in the disk after %g s; leaving without them", LEAVE_TIMEOUT_S)
+        log.error("reads still hang in the disk after %g s; leaving without them", timeout_s)
         os._exit(FORCED_EXIT)
 
 

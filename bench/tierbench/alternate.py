@@ -69,8 +69,11 @@ def latencies_us(step: Step, count: int) -> np.ndarray:
     return taken_ns / 1e3
 
 
-def against_best(ours: list[float], yardsticks: Mapping[str, list[float]]) -> dict[str, Any]:
-    """`compare` with the yardstick of the highest median, and the medians of all of them."""
+def against_best(
+    ours: list[float], yardsticks: Mapping[str, list[float]], beside: Mapping[str, list[float]] | None = None
+) -> dict[str, Any]:
+    """`compare` with the yardstick of the highest median, and all medians, also of those `beside`."""
     medians = {name: float(np.median(rates)) for name, rates in yardsticks.items()}
     best = max(medians, key=lambda name: medians[name])
-    return {"yardstick_name": best, "yardstick_medians": medians, **compare(ours, yardsticks[best])}
+    others = {name: float(np.median(rates)) for name, rates in (beside or {}).items()}
+    return {"yardstick_name": best, "medians": {**medians, **others}, **compare(ours, yardsticks[best])}

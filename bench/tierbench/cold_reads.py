@@ -6,6 +6,7 @@ import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -47,8 +48,11 @@ class DistinctPages:
 class ColdTable:
     """The prepared table, opened with a DRAM budget of 0."""
 
-    def __init__(self, prepared: PreparedTable, read_threads: int) -> None:
-        config = Config(dram=Dram(budget_bytes=0), nvme=Nvme(read_threads=read_threads))
+    def __init__(self, prepared: PreparedTable, engine: Literal["pread", "io_uring"], depth: int) -> None:
+        """`depth` reads are under way at a time. Raises StorageError where the system refuses `engine`."""
+        config = Config(
+            dram=Dram(budget_bytes=0), nvme=Nvme(engine=engine, read_threads=depth, queue_depth=depth)
+        )
         _, self._release = open_store(prepared.store, config)
         self._client = connect(f"local:{prepared.store}")
         self._table = self._client.table(prepared.spec.name)

@@ -43,6 +43,7 @@ def running_daemon(
             "serve.tcp": "127.0.0.1:0",
             "dram.budget_bytes": dram_bytes,
             "log.level": "warning",
+            "dram.snapshot_period_s": 0,  # a measurement starts cold unless it says otherwise
             **(settings or {}),
         }
         command = [sys.executable, "-m", "tierstore.cli", "serve", str(store), "--json"]

@@ -21,6 +21,7 @@ from tierstore.config.schema import Dram
 from tierstore.store import open_store
 
 LATENCY_CALLS = 2000  # in one window
+NUMPY = "numpy.take"
 Contender = Callable[[], float]
 
 
@@ -45,7 +46,7 @@ def gather_contenders(
                 with_threads, 1, partial(rate_of_callers, steps, window_s)
             )
     else:
-        found["numpy.take"] = partial(rate_of_callers, [take_step(table, ids)], window_s)
+        found[NUMPY] = partial(rate_of_callers, [take_step(table, ids)], window_s)
     return found
 
 
@@ -65,8 +66,15 @@ def throughput(
         contenders = gather_contenders(table, ids, count, window_s)
         contenders["ours"] = partial(rate_of_callers, [ours(t) for t in range(count)], window_s)
         samples = alternate(windows, contenders, f"{label}, {count} threads")
-        found[f"threads_{count}"] = against_best(samples.pop("ours"), samples)
+        found[f"threads_{count}"] = _told(samples)
     return found
+
+
+def _told(samples: dict[str, list[float]]) -> dict[str, Any]:
+    """The bar is set against torch; numpy's median stands beside."""
+    ours = samples.pop("ours")
+    beside = {name: samples.pop(name) for name in (NUMPY,) if name in samples}
+    return against_best(ours, samples, beside)
 
 
 def latency(contenders: dict[str, Step], windows: int, label: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, islice
+from numbers import Integral
 
 import numpy as np
 
@@ -45,10 +46,13 @@ def engram_schemes(
 
     `vocab_size_per_ngram` holds, per order 2..max_ngram_size, where the prime search starts;
     `pad_id` is a raw token id. No tokenizer is needed, only the size of its compressed
-    vocabulary. Raises BadRequest for lengths that do not fit or duplicate layers.
+    vocabulary. Raises BadRequest for lengths that do not fit or duplicate layers, FormatError
+    for numbers that cannot be hashed with.
     """
     _check_shape(layer_ids, vocab_size_per_ngram, n_head_per_ngram, max_ngram_size)
     _check_vocab_size(compressed_vocab_size)
+    if pad_id < 0:
+        raise BadRequest(f"pad_id must be a raw token id >= 0, got {pad_id}")
     parameters = {
         "layer_ids": [int(layer) for layer in layer_ids],
         "vocab_size_per_ngram": [int(size) for size in vocab_size_per_ngram],
@@ -72,6 +76,7 @@ def engram_schemes(
             vocabulary_digest=vocabulary_digest,
             parameters=parameters,
         )
+        check_scheme(scheme)
         schemes.append(scheme)
     return tuple(schemes)
 
@@ -122,6 +127,7 @@ def head_offsets(head_sizes: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], 
 def check_scheme(scheme: HashScheme) -> None:
     """Raise FormatError where a scheme cannot be hashed with: ragged, overflowing, incomplete."""
     where = f"hash scheme of layer {scheme.layer_id}"
+    _check_types(scheme, where)
     lengths = {len(row) for rows in (scheme.head_sizes, scheme.head_offsets) for row in rows}
     same_orders = len(scheme.head_sizes) == len(scheme.head_offsets) == len(scheme.multipliers) - 1
     if not scheme.head_sizes or not same_orders or len(lengths) != 1 or 0 in lengths:
@@ -139,6 +145,26 @@ def check_scheme(scheme: HashScheme) -> None:
             "non-negative 63-bit n-gram keys; are they of another vocabulary?"
         )
     _check_filler(scheme, where)
+
+
+def _check_types(scheme: HashScheme, where: str) -> None:
+    """A scheme read from a file may hold anything; numpy would cut 3.5 to 3 without a word."""
+    if scheme.kind not in ("engram", "ple"):
+        raise FormatError(f"{where}: kind must be engram or ple, got {scheme.kind!r}")
+    numbers = {
+        "layer_id": (scheme.layer_id,),
+        "multipliers": scheme.multipliers,
+        "head_sizes": [size for sizes in scheme.head_sizes for size in sizes],
+        "head_offsets": [offset for offsets in scheme.head_offsets for offset in offsets],
+        "vocab_size": (scheme.vocab_size,),
+        "pad_id": () if scheme.pad_id is None else (scheme.pad_id,),
+        "eos_token_id": () if scheme.eos_token_id is None else (scheme.eos_token_id,),
+    }
+    for name, values in numbers.items():
+        if wrong := [v for v in values if not isinstance(v, Integral) or isinstance(v, bool)]:
+            raise FormatError(f"{where}: {name} must hold integers, got {wrong[0]!r}")
+    if not isinstance(scheme.vocabulary_digest, str | None) or not isinstance(scheme.parameters, dict):
+        raise FormatError(f"{where}: vocabulary_digest must be text and parameters a table")
 
 
 def _check_filler(scheme: HashScheme, where: str) -> None:
@@ -183,6 +209,8 @@ def _half_bound(vocab_size: int) -> int:
 
 
 def _engram_multipliers(seed: int, layer_id: int, count: int, vocab_size: int) -> tuple[int, ...]:
+    if seed + LAYER_STRIDE * layer_id < 0:
+        raise BadRequest(f"seed must be >= 0, got {seed}")
     generator = np.random.default_rng(seed + LAYER_STRIDE * layer_id)
     drawn = generator.integers(0, _half_bound(vocab_size), size=count, dtype=np.int64)
     return tuple(2 * int(number) + 1 for number in drawn)

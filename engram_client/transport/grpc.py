@@ -39,6 +39,7 @@ HINT_IDS_MAX = 1 << 17  # ids in one hint: near 1 MiB of request
 RECONNECT_S = 2.0
 BACKOFF_S = (0.01, 0.25)  # first and longest pause before trying again
 CONTROL_TIMEOUT_S = 10.0
+RESIZE_TIMEOUT_S = 600.0  # records are copied at some GB/s
 
 OPTIONS = [
     ("grpc.max_receive_message_length", 64 << 20),
@@ -74,6 +75,7 @@ class _Calls:
         self.lookup = method("Lookup", pb.LookupRequest, decode_rows)
         self.prefetch = method("Prefetch", pb.LookupRequest, pb.PrefetchResponse.FromString)
         self.stats = method("Stats", pb.StatsRequest, pb.StatsResponse.FromString)
+        self.set_budgets = method("SetBudgets", pb.SetBudgetsRequest, pb.SetBudgetsResponse.FromString)
 
 
 class GrpcTransport:
@@ -102,6 +104,14 @@ class GrpcTransport:
 
     def stats(self) -> dict[str, int]:
         return dict(self._control(lambda calls: calls.stats, pb.StatsRequest()).counters)
+
+    def set_dram_budget(self, budget_bytes: int) -> int:
+        message = pb.SetBudgetsRequest(dram_budget_bytes=budget_bytes)
+        reply = self._control(lambda calls: calls.set_budgets, message, RESIZE_TIMEOUT_S)
+        return int(reply.dram_budget_bytes)
+
+    def hit_path(self, spec: TableSpec) -> None:
+        """Every look-up is a call."""
 
     def prefetch(self, request: LookupRequest) -> bool:
         per_entry = max(1, request.ids.size // max(1, request.ids.shape[0]))
@@ -172,8 +182,13 @@ class GrpcTransport:
             )
         rows.reshape(-1)[:] = np.frombuffer(reply, np.uint8)
 
-    def _control(self, method: Callable[[_Calls], Callable[..., _Reply]], message: Any) -> _Reply:
-        deadline = Deadline.after(CONTROL_TIMEOUT_S)
+    def _control(
+        self,
+        method: Callable[[_Calls], Callable[..., _Reply]],
+        message: Any,
+        timeout_s: float = CONTROL_TIMEOUT_S,
+    ) -> _Reply:
+        deadline = Deadline.after(timeout_s)
         return self._repeat_while_unavailable(
             lambda: method(self._calls)(message, timeout=deadline.remaining_s()), deadline
         )

@@ -7,22 +7,50 @@ protobuf would have written; a reader falls back to protobuf for anything else i
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 
 from engram_client.wire import memory_pb2 as pb
 
 ROWS_TAG = (pb.LookupResponse.ROWS_FIELD_NUMBER << 3) | 2  # 2: length-delimited
 
+_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
+_new_bytes.restype, _new_bytes.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_ssize_t)
+_address_of_bytes = ctypes.pythonapi.PyBytes_AsString
+_address_of_bytes.restype, _address_of_bytes.argtypes = ctypes.c_void_p, (ctypes.py_object,)
 
-def encode_rows(rows: np.ndarray) -> bytes:
-    """A LookupResponse holding `rows`, uint8 C-contiguous of any shape."""
-    if not rows.nbytes:
-        return b""  # protobuf leaves an empty field out
-    return b"".join((bytes([ROWS_TAG]) + _varint(rows.nbytes), rows.reshape(-1).data))
+
+def new_message(rows_bytes: int) -> tuple[bytes, np.ndarray]:
+    """A LookupResponse with so many bytes of rows, and these, uint8, to be filled in before it is sent.
+
+    Until then the content of the rows is undefined. CPython lets whoever makes a bytes object write
+    into it as long as nobody else has it; that saves a buffer and a copy as large as the reply.
+    """
+    if not rows_bytes:
+        return b"", np.empty(0, np.uint8)  # protobuf leaves an empty field out
+    head = bytes([ROWS_TAG]) + _varint(rows_bytes)
+    message: bytes = _new_bytes(None, len(head) + rows_bytes)
+    start = _address_of_bytes(message)
+    ctypes.memmove(start, head, len(head))
+    return message, np.asarray(_Inside(message, start + len(head), rows_bytes))
+
+
+class _Inside:
+    """Memory inside a bytes object in the form numpy takes it; keeps the object alive."""
+
+    def __init__(self, message: bytes, address: int, size_bytes: int) -> None:
+        self._message = message
+        self.__array_interface__ = {
+            "data": (address, False),  # not read-only
+            "shape": (size_bytes,),
+            "typestr": "|u1",
+            "version": 3,
+        }
 
 
 def decode_rows(message: bytes) -> memoryview:
-    """The rows of a LookupResponse, without a copy where it is framed as `encode_rows` does."""
+    """The rows of a LookupResponse, without a copy where it is framed as `new_message` does."""
     if message and message[0] == ROWS_TAG:
         length, start = _read_varint(message, 1)
         if start + length == len(message):

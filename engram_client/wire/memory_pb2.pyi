@@ -131,6 +131,18 @@ class PrefetchResponse(_message.Message):
     accepted: bool
     def __init__(self, accepted: bool = ...) -> None: ...
 
+class SetBudgetsRequest(_message.Message):
+    __slots__ = ("dram_budget_bytes",)
+    DRAM_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    dram_budget_bytes: int
+    def __init__(self, dram_budget_bytes: _Optional[int] = ...) -> None: ...
+
+class SetBudgetsResponse(_message.Message):
+    __slots__ = ("dram_budget_bytes",)
+    DRAM_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    dram_budget_bytes: int
+    def __init__(self, dram_budget_bytes: _Optional[int] = ...) -> None: ...
+
 class StatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

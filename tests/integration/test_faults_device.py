@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from engram_client import connect, errors
-from engram_client.deadline import Deadline
 from tests.support.stores import (
     LARGE,
     PLAIN,
@@ -42,8 +41,8 @@ def geometry(store: Store, name: str) -> Any:
 
 def nothing_is_left_behind(store: Store) -> bool:
     """Every staging buffer is free and no record counts as being read."""
-    filler = store._filler
-    return filler._staging._free.qsize() == BUFFERS_MAX and not filler._in_flight._done
+    staging, in_flight = store._filler._staging, store._filler._in_flight
+    return staging.drain(20) and len(staging._free) == BUFFERS_MAX and not in_flight._done
 
 
 def hurt_rows(opened_store: Device, name: str, page_index: int) -> tuple[int, range]:
@@ -242,21 +241,6 @@ def test_deadlines_pass_while_the_disk_hangs(packed: PackedStore, opened_store: 
             assert np.array_equal(table.lookup_ngrams(keys, timeout=30), oracle.lookup_ngrams(keys))
 
 
-def test_the_real_reader_looks_at_the_clock_before_each_read(
-    packed: PackedStore, opened_store: Device
-) -> None:
-    """A deadline that is over stops a batch of reads; none is begun after it."""
-    made, file = opened_store.device, opened_store.store.table(V41).file
-    pages = np.arange(64)
-    buffer = np.zeros((65, 4096), np.uint8)
-    at = buffer.ctypes.data + (-buffer.ctypes.data) % 4096
-    with pytest.raises(errors.DeadlineExceeded):
-        made._inner.read(file.fd, pages, np.ones_like(pages), pages, at, Deadline.after(0))
-    assert not buffer.any()
-    made._inner.read(file.fd, pages, np.ones_like(pages), pages, at, Deadline.after(30))
-    assert buffer.any()
-
-
 def test_a_slow_disk_is_only_slow(packed: PackedStore, tmp_path: Path) -> None:
     oracle = packed.oracles[PLE]
     config = small_config(nvme=Nvme(read_threads=2, staging_bytes=128 << 10))
@@ -281,7 +265,7 @@ def test_a_slow_disk_is_only_slow(packed: PackedStore, tmp_path: Path) -> None:
 
 def test_the_same_seed_gives_the_same_faults() -> None:
     class Quiet:
-        def read(self, *run: Any) -> None:
+        def start(self, *run: Any, hint: bool) -> Any:
             pass
 
         def close(self) -> None:
@@ -290,7 +274,7 @@ def test_the_same_seed_gives_the_same_faults() -> None:
     def fates(seed: int) -> list[list[str]]:
         device = SimulatedDevice(Quiet(), Faults(error_rate=0.3, flip_rate=0.3, short_rate=0.3), seed)
         order = np.random.default_rng(threading.get_ident()).permutation(50)  # threads come in any order
-        found = {int(page): [device._fate(int(page)) for _ in range(3)] for page in order}
+        found = {int(page): [device.fate_of(int(page)) for _ in range(3)] for page in order}
         return [found[page] for page in range(50)]
 
     assert fates(1) == fates(1)

@@ -49,7 +49,7 @@ class Pack:
         return sorted(p.name for p in self.source.glob("*.safetensors"))
 
     def leftovers(self) -> list[Path]:
-        return [*(self.store / "packing").iterdir()]
+        return [*(self.store / "packing").glob("*")]
 
 
 @pytest.fixture
@@ -266,6 +266,35 @@ class TestCommands:
         assert main(["verify", str(packing.store)]) == 3
         assert main(["inspect", str(packing.source)]) == 3
         assert "is not a store directory" in capsys.readouterr().err
+        for command in (
+            ["pack", "x" * 300, str(packing.store)],
+            ["inspect", "x" * 300],
+            ["verify", "x" * 300],
+        ):
+            assert main(command) == 3
+            assert "File name too long" in capsys.readouterr().err
+
+    def test_paths_need_not_be_utf8(self, packing: Pack) -> None:
+        store = os.fsencode(packing.store) + b"\xff"
+        command = [
+            sys.executable,
+            "-m",
+            "tierstore.cli",
+            "pack",
+            packing.source,
+            store,
+            "--layout",
+            packing.layout,
+        ]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, check=True, capture_output=True, env=environment)
+        assert store + b"/tables/t/" in done.stdout
+
+    def test_a_store_without_tables_says_so(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        Catalog.open(tmp_path, create=True).close()
+        for command in ("inspect", "verify"):
+            assert main([command, str(tmp_path)]) == 0
+            assert capsys.readouterr().out == f"{tmp_path} holds no tables\n"
 
 
 def test_advice_on_small_heads_is_given(tmp_path: Path) -> None:
@@ -297,3 +326,19 @@ def test_other_tensors_in_a_shard_stop_consumption(packing: Pack) -> None:
     assert len(packing.shards()) == 2
     packing(consume="force")
     assert packing.shards() == []
+
+
+def test_what_cannot_be_packed_leaves_nothing_behind(tmp_path: Path) -> None:
+    packing = Pack(tmp_path, shard_rows=(3,), dim=2**19 + 1)
+    with pytest.raises(FormatError, match="the limit is 1048576"):
+        packing()
+    packing.layout.write_text("[[table]]\nname = 't'\nweight = 'nothing'\n")
+    with pytest.raises(FormatError, match="has no tensor 'nothing'"):
+        packing()
+    assert not packing.store.exists()
+
+
+def test_two_tables_of_one_name_are_refused(packing: Pack) -> None:
+    packing.layout.write_text(packing.layout.read_text() * 2)
+    with pytest.raises(FormatError, match="two tables are named 't'"):
+        packing()

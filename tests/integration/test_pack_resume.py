@@ -7,6 +7,7 @@ removal), before or after the step is done; n runs over all of them.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -156,6 +157,23 @@ def test_a_resumed_file_is_byte_for_byte_an_uninterrupted_one(packing: Pack, tmp
         assert again.path.read_bytes() == table.path.read_bytes()
 
 
+def test_consumption_asked_for_on_resuming_is_checked_like_any_other(packing: Pack) -> None:
+    shard = packing.source / "b-1.safetensors"
+    with shard.open("r+b") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        data = file.read()
+    header["bias"] = {"dtype": "U8", "shape": [3], "data_offsets": [len(data), len(data) + 3]}
+    text = json.dumps(header).encode()
+    shard.write_bytes(len(text).to_bytes(8, "little") + text + data + b"abc")
+    assert pack_until_killed(packing, 25, after=True)
+    with pytest.raises(BadRequest, match=r"b-1\.safetensors, which also holds bias"):
+        packing(consume="yes")
+    assert len(packing.shards()) == 6
+    packing(consume="force")
+    packing.check_complete()
+    assert packing.shards() == []
+
+
 def test_a_changed_source_is_not_mixed_into_an_unfinished_pack(packing: Pack) -> None:
     assert pack_until_killed(packing, 25, after=True)
     os.utime(packing.source / "b-1.safetensors", ns=(1, 1))
@@ -216,3 +234,65 @@ def test_a_full_disk_names_path_and_bytes_and_the_pack_goes_on_later(
     report = packing()
     assert report.tables[0].resumed_rows > 0
     packing.check_complete()
+
+
+def test_a_source_that_changes_while_it_is_packed_is_not_published(
+    packing: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard, real = packing.source / "a-0.safetensors", os.preadv
+
+    def changing(*args: Any) -> int:
+        os.utime(shard, ns=(1, 1))
+        return real(*args)
+
+    for consume in ("no", "yes"):
+        monkeypatch.setattr(os, "preadv", changing)
+        with pytest.raises(FormatError, match=r"a-0\.safetensors was changed while it was packed"):
+            packing(consume=consume, restart=True)
+        monkeypatch.undo()
+        os.utime(shard)
+        assert not (packing.store / "tables").exists()
+        assert len(packing.shards()) == 6
+    packing(restart=True)
+
+
+def test_a_shard_that_cannot_be_removed_is_named(packing: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.unlink
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        real(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        with pytest.raises(StorageError, match=r"a-0\.safetensors is packed but cannot be removed"):
+            packing(consume="yes")
+    packing()
+    assert len(packing.shards()) == 6
+
+
+def test_every_name_on_the_way_to_the_rows_is_on_disk_before_a_shard_goes(
+    packing: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = packing.store / "packing" / "a" / "rows.partial"
+    synced: set[str] = set()
+    before_removal: list[set[str]] = []
+    real_fsync, real_unlink = os.fsync, Path.unlink
+
+    def fsync(fd: int) -> None:
+        real_fsync(fd)
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        if path != str(partial.parent) or partial.exists():  # before, it did not cover that name
+            synced.add(path)
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".safetensors":
+            before_removal.append(set(synced))
+        real_unlink(path, missing_ok)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    packing(consume="yes")
+    folders = (packing.store.parent, packing.store, packing.store / "packing", partial.parent)
+    assert {str(folder) for folder in folders} <= before_removal[0]

@@ -180,7 +180,7 @@ def test_reflection_tells_standard_clients_the_contract(channel: grpc.Channel) -
     assert SERVICE in database.get_services()
     file = database.FindFileContainingSymbol(SERVICE)
     assert [m.name for m in file.service[0].method] == [
-        "ListTables", "DescribeTable", "Lookup", "Prefetch", "Stats",
+        "ListTables", "DescribeTable", "Lookup", "Prefetch", "Stats", "SetBudgets",
     ]  # fmt: skip
 
 

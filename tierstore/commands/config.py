@@ -7,9 +7,12 @@ import json
 import sys
 from collections.abc import Iterator
 
+from engram_client import connect
+from engram_client.errors import ConfigError
 from tierstore.config import LoadedConfig, add_config_arguments, config_from_arguments
 from tierstore.config.units import format_bytes
 
+LIVE_KEY = "dram.budget_bytes"
 EPILOG = """\
 Later layers win: defaults, the TOML file, the environment (TIERSTORE_DRAM_BUDGET_BYTES for
 dram.budget_bytes), flags. What --show prints is itself a complete configuration file.
@@ -22,13 +25,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--show", action="store_true", help="print every key, value, origin and meaning, as TOML"
     )
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
+    parser.add_argument(
+        "--connect",
+        metavar="unix:PATH",
+        help="hand dram.budget_bytes, given by --set, to a daemon that is serving",
+    )
     add_config_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Checks the configuration; prints it with --show or --json, else says in one line that it is good."""
     loaded = config_from_arguments(args)
-    if args.json:
+    if args.connect:
+        _change_budget(args, loaded)
+    elif args.json:
         json.dump(_as_json(loaded), sys.stdout, indent=2)
         print()
     elif args.show:
@@ -37,6 +47,20 @@ def run(args: argparse.Namespace) -> int:
         changed = sum(origin != "default" for origin in loaded.origins.values())
         print(f"the configuration is good: {changed} of {len(loaded.origins)} values set; --show prints them")
     return 0
+
+
+def _change_budget(args: argparse.Namespace, loaded: LoadedConfig) -> None:
+    """Only what was asked for is handed on, and only a budget can change while serving."""
+    given = {key for key, origin in loaded.origins.items() if origin.startswith("flag")}
+    if given != {LIVE_KEY}:
+        named = ", ".join(sorted(given)) or "none"
+        raise ConfigError(
+            f"--connect changes a daemon that is serving: expected --set {LIVE_KEY}=SIZE and nothing "
+            f"else, got keys: {named}; other keys take effect at the next start"
+        )
+    with connect(args.connect) as client:
+        budget = client.set_dram_budget(loaded.config.dram.budget_bytes)
+    print(json.dumps({LIVE_KEY: budget}) if args.json else f"{LIVE_KEY} = {format_bytes(budget)} is in force")
 
 
 def _as_json(loaded: LoadedConfig) -> dict[str, dict[str, object]]:

@@ -34,8 +34,10 @@ def run(args: argparse.Namespace) -> int:
         entries = [entry for _, entry in sorted(catalog.tables().items())] + catalog.retired
     if args.json:
         _print_json({"tables": [_entry_json(entry) for entry in entries]})
-    else:
+    elif entries:
         _print_table(entries)
+    else:
+        print(f"{args.target} holds no tables")
     return 0
 
 

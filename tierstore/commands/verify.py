@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
         json.dump({"tables": results}, sys.stdout, indent=2)
         print()
     else:
-        print("\n".join(line for result in results for line in _sentences(result)))
+        lines = [line for result in results for line in _sentences(result)]
+        print("\n".join(lines or [f"{args.target} holds no tables"]))
     return 0 if all(result["whole"] for result in results) else 1
 
 

@@ -38,6 +38,13 @@ class Dram(Section, frozen=True):
     budget_bytes: Annotated[
         ByteSize, Meta(ge=0, description="DRAM for cached records, their index included; 0 caches nothing")
     ] = GIB
+    snapshot_period_s: Annotated[
+        Seconds,
+        Meta(ge=0, description="time between snapshots of the cache for a warm restart; 0 writes none"),
+    ] = 600.0
+    snapshot_close_timeout_s: Annotated[
+        Seconds, Meta(ge=0, le=3600, description="time that the last snapshot may take at shutdown")
+    ] = 30.0
 
 
 class Nvme(Section, frozen=True):

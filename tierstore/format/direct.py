@@ -111,6 +111,16 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
+def make_folder(path: Path) -> None:
+    """Make folder `path` and what is missing above it, each of which then survives a crash."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+    if not missing:
+        sync_folder(path.parent)  # who made it may have been killed before this
+
+
 def _say_buffered(path: Path) -> None:
     log.warning(
         "%s: this file system has no direct I/O; going through the page cache, "

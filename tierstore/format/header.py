@@ -44,6 +44,7 @@ HEADER = struct.Struct("<8sIIQII16sQQQ16sIII")
 GENERATION_SLICE = slice(72, 88)
 FLAG_PAGE_EPOCHS = 1
 LEAF_PAGES = 2048  # 8 MiB of data pages
+MAX_LEAF_PAGES = 2**14  # bounds the memory that a header can make its reader take
 
 _STATED_BY_HEADER = ("generation", "uuid", "rows")
 
@@ -128,6 +129,11 @@ def decode_header(path: Path, page: bytes) -> Header:
             f"{path}: header disagrees with itself (page bytes, row bytes, rows per page, data pages, "
             f"pages per row, flags): expected {expected}, got {stated}; pack the table again"
         )
+    if leaf_pages > MAX_LEAF_PAGES:
+        raise FormatError(
+            f"{path}: header states {leaf_pages} pages under one leaf, the limit is {MAX_LEAF_PAGES}; "
+            "pack the table again"
+        )
     return Header(geometry, uuid, generation, description_bytes, leaf_pages)
 
 
@@ -161,7 +167,7 @@ def decode_description(path: Path, header: Header, description: bytes) -> TableS
     try:
         described = json.loads(description)
         spec = TableSpec.from_json({**described, **stated})
-    except (ValueError, TypeError, FormatError) as error:
+    except (ValueError, TypeError, RecursionError, FormatError) as error:
         raise FormatError(f"{path}: the table's description cannot be read: {error}") from error
     if spec.row_bytes != header.geometry.row_bytes:
         raise FormatError(

@@ -23,7 +23,15 @@ import numpy as np
 
 from engram_client.errors import FormatError
 from engram_client.spec import TableSpec
-from tierstore.format.direct import aligned_bytes, open_direct, reserve, sync_folder, write_all, write_error
+from tierstore.format.direct import (
+    aligned_bytes,
+    make_folder,
+    open_direct,
+    reserve,
+    sync_folder,
+    write_all,
+    write_error,
+)
 from tierstore.format.geometry import PAGE_BYTES, PAYLOAD_BYTES, Geometry
 from tierstore.format.header import LEAF_PAGES, Header, description_of, description_pages, sealed_pages
 from tierstore.format.journal import Journal
@@ -96,6 +104,7 @@ def write_rows(job: RowFileJob, journal: Journal, on_packed: OnRows, on_safe: On
     """
     fd = open_direct(job.path, os.O_RDWR | os.O_CREAT)
     try:
+        sync_folder(job.path.parent)  # a journal that names rows of a lost file would lose them
         _check_resumable(job, journal, fd)
         with ExitStack() as stack:
             pipeline = _Pipeline(job, journal, fd, on_safe, stack)
@@ -110,9 +119,10 @@ def finish(job: RowFileJob, journal: Journal, folder: Path) -> Path:
     header = replace(job.header, generation=generation_of(job.header, description, journal.leaves))
     final = folder / f"{header.generation.hex()}.rows"
     if final.exists() and not job.path.exists():
-        return final  # a crash came between the move and its publication
-    folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder)  # a crash came between the move and its publication
+        return final
     try:
+        make_folder(folder)
         with job.path.open("r+b") as file:
             file.seek(PAGE_BYTES)
             file.write(sealed_pages(description, 1, header.uuid))
@@ -126,7 +136,6 @@ def finish(job: RowFileJob, journal: Journal, folder: Path) -> Path:
     except OSError as error:
         raise write_error(job.path, error, len(description) + PAGE_BYTES) from error
     sync_folder(folder)
-    sync_folder(folder.parent)
     return final
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from engram_client.arena.atomics import (
     copy_bytes,
     fence_release,
+    load_byte,
     load_half,
     load_word,
     store_half,
@@ -25,9 +26,12 @@ from engram_client.arena.layout import (
     LINE_BYTES,
     MAIN,
     OWNER_AT,
+    PLACE_SHIFT,
+    QUEUE_MASK,
     RECORD_AT,
     SEQUENCE_AT,
     SMALL,
+    STATES_AT,
     TAGS_AT,
     WANTED,
     WAYS,
@@ -63,10 +67,11 @@ def write_record(line, slot, way, tag, key, owner, source, record_bytes, state):
 
 
 @inline_kernel
-def admit_record(
-    index, slots, ghosts, sets, slot_bytes, record_bytes, key, owner, source, wanted_soon, counts
-):
-    """Write one record at address `source` into the arena unless it is there."""
+def admit_record(index, slots, ghosts, sets, slot_bytes, record_bytes, key, owner, source, state, counts):
+    """Write one record at address `source` into its set, unless it is there already.
+
+    `state` is its queue, its reads and whether a reader is awaited; the set's memory may know better.
+    """
     h = mix(key, owner)
     which = set_of(h, sets)
     tag = tag_of(h)
@@ -82,7 +87,8 @@ def admit_record(
     if old_tag != 0:
         counts[EVICTED] += 1
         remember(line, ghost_line, old_tag)
-    state = (MAIN if known else SMALL) | (WANTED if wanted_soon else 0)
+    if known and state & QUEUE_MASK < MAIN:
+        state = state & WANTED | MAIN
     slot = set_slots + way * slot_bytes
     write_record(line, slot, way, tag, key, owner, source, record_bytes, state)
 
@@ -99,6 +105,43 @@ def admit_records(
     """
     for i in range(keys.size):
         admit_record(
-            index, slots, ghosts, sets, slot_bytes, record_bytes,
-            keys[i], owners[i], source + places[i] * record_bytes, wanted_soon, counts,
+            index, slots, ghosts, sets, slot_bytes, record_bytes, keys[i], owners[i],
+            source + places[i] * record_bytes, SMALL | WANTED * wanted_soon, counts,
         )  # fmt: skip
+
+
+@inline_kernel
+def empty_set(line):
+    """Forget every record of a set; readers inside it notice."""
+    sequence = load_word(line + SEQUENCE_AT) & ~1
+    store_word(line + SEQUENCE_AT, sequence + 1)
+    fence_release()
+    zero_bytes(line + TAGS_AT, 2 * WAYS)
+    zero_bytes(line + STATES_AT, WAYS)
+    store_release(line + SEQUENCE_AT, sequence + 2)
+
+
+@kernel
+def move_sets(
+    old_index, old_slots, old_slot_bytes, first, last, index, slots, ghosts, sets, record_bytes, counts
+):
+    """Move the records of sets [first, last) of one arena into another, and empty those sets.
+
+    Addresses (int64) of both arenas; slots have the same size. Which set a record belongs to rises
+    with its hash in both, so moving sets in order fills the other arena in order. Records keep their
+    queue, their reads and their order of arrival; ghosts stay behind. Adds to `counts`.
+    """
+    for which in range(first, last):
+        line = old_index + which * LINE_BYTES
+        set_slots = old_slots + which * WAYS * old_slot_bytes
+        empty_if_abandoned(line)
+        for step in range(WAYS * WAYS):  # the ways in order of arrival
+            way = step % WAYS
+            state = load_byte(line + STATES_AT + way)
+            if state >> PLACE_SHIFT == step // WAYS and load_half(line + TAGS_AT + 2 * way) != 0:
+                slot = set_slots + way * old_slot_bytes
+                admit_record(
+                    index, slots, ghosts, sets, old_slot_bytes, record_bytes, load_word(slot + KEY_AT),
+                    load_word(slot + OWNER_AT), slot + RECORD_AT, state & (QUEUE_MASK | WANTED), counts,
+                )  # fmt: skip
+        empty_set(line)

@@ -22,8 +22,7 @@ PRIME3 = U64(0x165667B19E3779F9)
 PRIME4 = U64(0x85EBCA77C2B2AE63)
 PRIME5 = U64(0x27D4EB2F165667C5)
 
-STRIPED_WORDS = 508  # words 0..507 go through the four lanes
-PAYLOAD_WORDS = 511  # words 508..510 are the tail; word 511 is the checksum
+PAYLOAD_WORDS = 511  # word 511 is the checksum
 
 
 @inline_kernel
@@ -61,25 +60,37 @@ def page_seed(page_number, uuid_lo, uuid_hi):
     return _avalanche(_absorb(hashed, U64(page_number)))
 
 
-@kernel
-def page_checksum(words, page_number, uuid_lo, uuid_hi):
-    """Checksum of one page, uint64; `words` is uint64[512], of which the last is not read."""
-    seed = page_seed(page_number, uuid_lo, uuid_hi)
+@inline_kernel
+def _hash_words(words, count, seed):
+    """XXH64 of the first `count` words, which are at least four."""
     a = seed + PRIME1 + PRIME2
     b = seed + PRIME2
     c = seed
     d = seed - PRIME1
-    for i in range(0, STRIPED_WORDS, 4):
+    striped = count // 4 * 4
+    for i in range(0, striped, 4):
         a = _lane(a, words[i])
         b = _lane(b, words[i + 1])
         c = _lane(c, words[i + 2])
         d = _lane(d, words[i + 3])
     hashed = _rotate(a, 1) + _rotate(b, 7) + _rotate(c, 12) + _rotate(d, 18)
     hashed = _merge(_merge(_merge(_merge(hashed, a), b), c), d)
-    hashed += U64(PAYLOAD_WORDS * 8)
-    for i in range(STRIPED_WORDS, PAYLOAD_WORDS):
+    hashed += U64(count * 8)
+    for i in range(striped, count):
         hashed = _absorb(hashed, words[i])
     return _avalanche(hashed)
+
+
+@kernel
+def words_checksum(words, seed):
+    """XXH64 of uint64 [n >= 4] with a seed."""
+    return _hash_words(words, words.size, U64(seed))
+
+
+@kernel
+def page_checksum(words, page_number, uuid_lo, uuid_hi):
+    """Checksum of one page, uint64; `words` is uint64[512], of which the last is not read."""
+    return _hash_words(words, PAYLOAD_WORDS, page_seed(page_number, uuid_lo, uuid_hi))
 
 
 @kernel

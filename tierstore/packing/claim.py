@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from engram_client.errors import StorageError, StoreLocked
+from tierstore.format.direct import make_folder
 
 
 @contextmanager
@@ -26,7 +27,7 @@ def claim(folder: Path, what: str) -> Iterator[None]:
 def _locked(folder: Path, what: str) -> int:
     while True:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise StorageError(f"{folder} cannot be made: {error.strerror}") from error

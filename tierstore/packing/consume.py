@@ -11,7 +11,7 @@ import threading
 from collections import defaultdict
 from pathlib import Path
 
-from engram_client.errors import BadRequest
+from engram_client.errors import BadRequest, StorageError
 from tierstore.format.sources import uncovered_tensors
 from tierstore.packing.plan import PackPlan
 
@@ -34,6 +34,7 @@ class Consumer:
             self._safe_rows[table] = rows
             for path in finished_files(self._plan, self._safe_rows):
                 if path.exists():
+                    self._plan.check_unchanged([path])
                     _remove(path)
                     self.removed.append(path)
 
@@ -62,6 +63,8 @@ def finished_files(plan: PackPlan, safe_rows: dict[str, int]) -> list[Path]:
 def check_consumable(plan: PackPlan) -> None:
     """Raise BadRequest where a file holds more than rows of the plan's tables."""
     for file in plan.files:
+        if not file.path.exists():
+            continue  # an earlier run removed it
         if others := uncovered_tensors(file.path, plan.sources):
             shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
             raise BadRequest(
@@ -73,6 +76,12 @@ def check_consumable(plan: PackPlan) -> None:
 def _remove(path: Path) -> None:
     """Remove a file, and where it is a link, as in model caches, what it points to."""
     target = path.resolve()
-    path.unlink()
-    if target != path:
-        target.unlink(missing_ok=True)
+    try:
+        path.unlink()
+        if target != path:
+            target.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{path} is packed but cannot be removed: {error.strerror}; let its folder be written, or "
+            "run this command again without --consume"
+        ) from error

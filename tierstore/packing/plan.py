@@ -97,6 +97,9 @@ class PackPlan:
             PlannedTable(source, uuid.uuid4().hex, choose_addressing(source, options.addressing))
             for source in sources
         )
+        names = [table.source.name for table in tables]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise FormatError(f"{origin}: two tables are named {twice[0]!r}; give each a name of its own")
         paths = dict.fromkeys(path for table in tables for path in table.source.files)
         files = tuple(FileIdentity.of(path) for path in paths)
         _check_lengths(tables, {file.path: file.size_bytes for file in files})
@@ -112,6 +115,14 @@ class PackPlan:
     def changed_files(self) -> list[Path]:
         """Files that still exist and are not what they were when the plan was made."""
         return [f.path for f in self.files if f.path.exists() and FileIdentity.of(f.path) != f]
+
+    def check_unchanged(self, paths: Iterable[Path]) -> None:
+        """Raise FormatError where one of these files is there and not what it was."""
+        for path in set(paths).intersection(self.changed_files()):
+            raise FormatError(
+                f"{path} was changed while it was packed, so its rows may be of two files; "
+                "use --restart to begin again"
+            )
 
     def save(self, path: Path) -> None:
         """Write the plan so that it is there whole or not at all, even after a crash."""

@@ -79,21 +79,33 @@ def pack(
     packing = folder / "packing"
     if not origin.exists() and not plan_folder(packing, origin).exists():
         raise FormatError(f"{origin} does not exist; SOURCE is a checkpoint's folder or .safetensors file")
+    # What cannot be packed is refused before anything is made in DIR.
+    new = (
+        None if (plan_folder(packing, origin) / "plan.json").exists() else _new_plan(origin, folder, options)
+    )
     with ExitStack() as stack:
         stack.enter_context(claim(plan_folder(packing, origin), f"checkpoint {origin}"))
-        catalog = stack.enter_context(Catalog.open(folder, create=True))
-        plan = _resumed_plan(packing, origin, options, notify)
-        fresh = plan is None
-        if plan is None:
-            plan = PackPlan.make(origin, options, _sources(origin, options))
+        resumed = _resumed_plan(packing, origin, options, notify)
+        plan = resumed or new or _new_plan(origin, folder, options)
         for table in plan.tables:
-            name = _checked_name(table.source.name)
-            stack.enter_context(claim(packing / name, f"table {name!r}"))
-        if fresh:
+            stack.enter_context(claim(packing / table.source.name, f"table {table.source.name!r}"))
+        catalog = stack.enter_context(Catalog.open(folder, create=True))
+        if options.consume == "yes":
+            check_consumable(plan)
+        if resumed is None:
             _begin(packing, origin, plan, options, catalog)
         report = _Run(folder, plan, options, catalog, notify, on_progress, leaf_pages, sync_bytes).run()
         (plan_folder(packing, origin) / "plan.json").unlink()
         return report
+
+
+def _new_plan(origin: Path, folder: Path, options: PackOptions) -> PackPlan:
+    """A plan that nothing but the disk can refuse. Raises BadRequest, FormatError."""
+    plan = PackPlan.make(origin, options, _sources(origin, options))
+    for table in plan.tables:
+        _check_name(table.source.name)
+        RowFileJob.plan(table.source, table.spec, folder)
+    return plan
 
 
 def _sources(origin: Path, options: PackOptions) -> list[TableSource]:
@@ -112,13 +124,12 @@ def _sources(origin: Path, options: PackOptions) -> list[TableSource]:
     return sources
 
 
-def _checked_name(name: str) -> str:
+def _check_name(name: str) -> None:
     if not TABLE_NAME.fullmatch(name):
         raise BadRequest(
             f"table name {name!r} cannot be a file name: use letters, digits, '.', '_' and '-', "
             "at most 128 of them, a letter or digit first"
         )
-    return name
 
 
 def _resumed_plan(packing: Path, origin: Path, options: PackOptions, notify: Notify) -> PackPlan | None:
@@ -162,8 +173,6 @@ def _begin(packing: Path, origin: Path, plan: PackPlan, options: PackOptions, ca
                     f"`tierstore pack {other.origin} {packing.parent}`, use --name, or --restart to drop it"
                 )
             _discard(packing, other)
-    if options.consume == "yes":
-        check_consumable(plan)
     for name in names:
         _empty(packing / name)
     plan.save(plan_folder(packing, origin) / "plan.json")
@@ -173,8 +182,8 @@ def _discard(packing: Path, plan: PackPlan) -> None:
     """Forget an unfinished pack, unless that would lose rows for good."""
     if missing := plan.missing_files():
         raise BadRequest(
-            f"{missing[0]} is gone: with --consume its rows are now only in {packing}; "
-            "run without --restart to finish that pack"
+            f"{missing[0]} is gone: with --consume its rows are now only in {packing}; run without "
+            f"--restart to finish that pack, or remove {plan_folder(packing, plan.origin)} to give them up"
         )
     for table in plan.tables:
         _empty(packing / table.source.name)
@@ -236,6 +245,7 @@ class _Run:
             )
         if resumed_rows < job.source.rows:
             write_rows(job, self.journals[name], on_packed, lambda rows: consumer.on_safe(name, rows))
+            self.plan.check_unchanged(job.source.files)
         path = finish(job, self.journals[name], self.folder / "tables" / name)
         spec = RowFile.open(path).spec
         self._publish(spec, path)

@@ -21,9 +21,14 @@ def check_space(
     With `consume`, source files on the same file system count from the moment they can go.
     """
     free_bytes = shutil.disk_usage(folder).free
-    needed_bytes = peak_bytes(plan, jobs, safe_rows, _freed_here(folder, plan) if consume else {})
+    freed = _freed_here(folder, plan)
+    needed_bytes = peak_bytes(plan, jobs, safe_rows, freed if consume else {})
     if needed_bytes + MARGIN_BYTES > free_bytes:
-        hint = "" if consume else ", or use --consume to remove source files as their rows become safe"
+        hint = (
+            ""
+            if consume or not freed
+            else ", or use --consume to remove source files as their rows become safe"
+        )
         raise StorageError(
             f"{folder}: the disk has too little room: {needed_bytes + MARGIN_BYTES} bytes are needed, "
             f"{free_bytes} are free; make room{hint}"

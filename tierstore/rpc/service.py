@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 
 from engram_client.deadline import Deadline
-from engram_client.errors import BatchTooLarge, Overloaded, TierstoreError, Unavailable
+from engram_client.errors import BadRequest, BatchTooLarge, Overloaded, TierstoreError, Unavailable
 from engram_client.transport.base import LookupRequest
 from engram_client.wire import memory_pb2 as pb
 from engram_client.wire.convert import request_from_message, spec_to_message
@@ -61,6 +61,7 @@ class MemoryService:
                 "Lookup": method(self.lookup, pb.LookupRequest, None),
                 "Prefetch": method(self.prefetch, pb.LookupRequest, _serialize),
                 "Stats": method(self.stats, pb.StatsRequest, _serialize),
+                "SetBudgets": method(self.set_budgets, pb.SetBudgetsRequest, _serialize),
             },
         )
 
@@ -74,6 +75,17 @@ class MemoryService:
 
     async def stats(self, _request: pb.StatsRequest, _context: Any) -> pb.StatsResponse:
         return pb.StatsResponse(counters=self._store.stats())
+
+    async def set_budgets(self, request: pb.SetBudgetsRequest, context: Any) -> pb.SetBudgetsResponse:
+        """In a thread of its own: moving records takes a while, and nobody else should wait for it."""
+        if not context.peer().startswith("unix:"):
+            raise BadRequest(
+                "budgets are changed over the daemon's unix socket only; this call came from "
+                f"{context.peer()}"
+            )
+        if request.HasField("dram_budget_bytes"):
+            await asyncio.to_thread(self._store.set_dram_budget, request.dram_budget_bytes)
+        return pb.SetBudgetsResponse(dram_budget_bytes=self._store.stats()["dram_budget_bytes"])
 
     async def lookup(self, message: pb.LookupRequest, context: Any) -> bytes:
         deadline = Deadline.after(context.time_remaining())
@@ -101,11 +113,7 @@ class MemoryService:
     def _parse(self, message: pb.LookupRequest) -> LookupRequest:
         scheme = self._store.table(message.table).spec.scheme
         request = request_from_message(message, scheme.orders if scheme else 1)
-        if request.ids.size > self._limits.request_ids_max:
-            raise BatchTooLarge(
-                f"table {request.table!r}: {request.ids.size} ids in one request; the limit is "
-                f"{self._limits.request_ids_max} (limits.request_ids_max); split the batch"
-            )
+        self._store.check_size(request)
         return request
 
     def _reply_bytes(self, request: LookupRequest) -> int:

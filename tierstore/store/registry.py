@@ -16,6 +16,7 @@ from tierstore.store.store import MakeReader, Store, configured_reader
 @dataclass
 class _Shared:
     store: Store
+    config: Config  # it was opened with; budgets may have changed since
     users: int
     pid: int
 
@@ -44,8 +45,9 @@ def open_store(
     with _changing:
         shared = _shared.get(path)
         if shared is None:
-            shared = _shared[path] = _Shared(Store(path, _checked(config), make_reader), 0, os.getpid())
-        elif config is not None and config != shared.store.config:
+            checked = _checked(config)
+            shared = _shared[path] = _Shared(Store(path, checked, make_reader), checked, 0, os.getpid())
+        elif config is not None and config != shared.config:
             raise ConfigError(
                 f"store {path} is already open in this process with another configuration; "
                 "close it first, or open it without a configuration to share it"

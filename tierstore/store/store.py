@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from msgspec import structs
 
 from engram_client.arrays import address_of
 from engram_client.deadline import Deadline
@@ -21,16 +22,18 @@ from engram_client.errors import BadRequest, BatchTooLarge, StorageError, Unknow
 from engram_client.spec import TableSpec
 from engram_client.transport.base import LookupRequest
 from tierstore.catalog import Catalog
-from tierstore.config import Config
+from tierstore.config import Config, Dram, check_config, memory_limit
 from tierstore.devices.base import PageReader
 from tierstore.devices.opening import open_reader
 from tierstore.store.fill import Filler, read_scattered
 from tierstore.store.gate import Gate
 from tierstore.store.hints import HintQueue
+from tierstore.store.hit_path import HitPath
 from tierstore.store.in_flight import InFlight
 from tierstore.store.lock import acquire_store_lock
 from tierstore.store.opening import open_tables
 from tierstore.store.table import Access, ServedTable
+from tierstore.store.warmth import Warmth
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.dram import Arena, DramTier
 from tierstore.tiers.nvme import NvmeTier
@@ -74,16 +77,31 @@ class Store:
         for table in self._tables.values():
             sizes[table.spec.record_bytes] += table.spec.rows * table.spec.row_bytes
         self._dram = DramTier(config.dram.budget_bytes, sizes, self.counters)
-        self._reader = make_reader(config)
+        staging = StagingPool(config.nvme.staging_bytes, max(sizes, default=0))
+        self._reader = make_reader(config)  # what may raise comes before: a reader has threads
         nvme = NvmeTier(
             self._reader,
             self.counters,
             gap_pages_max=config.nvme.coalesce_gap_pages,
             run_pages_max=config.nvme.run_pages_max,
         )
-        staging = StagingPool(config.nvme.staging_bytes, max(sizes, default=0))
         self._filler = Filler(nvme, staging, InFlight(), self.counters)
+        self._warmth = Warmth(
+            self.directory / "warm", self._dram.arenas(), self._owners(), self.counters, config.dram
+        )
         self._hints = HintQueue(config.prefetch.workers, config.limits.prefetch_queue_max, self._serve_hint)
+
+    def _owners(self) -> dict[str, int]:
+        """Every owner of records by what it is in any process: a generation and an order."""
+        return {
+            f"{table.spec.generation}/{order}": table.owner + order
+            for table in self._tables.values()
+            for order in range(len(table.head_sizes))
+        }
+
+    def wait_warm(self, timeout_s: float | None = None) -> bool:
+        """Wait until the cache that an earlier run left is in DRAM; False where that takes longer."""
+        return self._warmth.wait_loaded(timeout_s)
 
     def warm_up(self) -> None:
         """Look up one key of every table: kernels are compiled and the disk is known to answer.
@@ -131,6 +149,16 @@ class Store:
         if misses.size:
             self.lookup_misses(request, access, misses, out, deadline)
 
+    def hit_path(self, name: str, generation: str) -> HitPath | None:
+        """The shortest way to this table's records; None where it has none or nothing is cached."""
+        table = self.table(name)
+        spec = table.spec
+        arena = self._dram.arena(spec.record_bytes)
+        if spec.addressing != "record" or spec.generation != generation or arena is None:
+            return None
+        keys_max = self.config.limits.lookup_bytes_max // spec.record_bytes
+        return HitPath(self._gate, table, arena, self.counters, keys_max)
+
     def lookup_hits(self, request: LookupRequest, out: np.ndarray) -> tuple[Access, np.ndarray]:
         """The part of `lookup` that never waits: fill what DRAM holds, return what is missing."""
         self._gate.check()
@@ -165,6 +193,7 @@ class Store:
     def prefetch(self, request: LookupRequest) -> bool:
         """Read into DRAM, soon, what is not there; False where the hint was dropped."""
         self._gate.check()
+        self.check_size(request)
         access = self.table(request.table).access(request)
         access.table.check_ids(request)
         if not access.cached:
@@ -175,6 +204,15 @@ class Store:
         accepted = self._hints.offer(request)
         self.counters.add(**{"hints_accepted" if accepted else "hints_dropped": 1})
         return accepted
+
+    def check_size(self, request: LookupRequest) -> None:
+        """Raises BatchTooLarge where a hint, or a request from outside, holds too many ids to be kept."""
+        limit = self.config.limits.request_ids_max
+        if request.ids.size > limit:
+            raise BatchTooLarge(
+                f"table {request.table!r}: {request.ids.size} ids in one request; the limit is {limit} "
+                "(limits.request_ids_max); split the batch"
+            )
 
     def _serve_hint(self, request: LookupRequest) -> None:
         access = self.table(request.table).access(request)
@@ -211,6 +249,17 @@ class Store:
                 f"got {out.dtype} of {out.nbytes}"
             )
 
+    def set_dram_budget(self, budget_bytes: int) -> None:
+        """Grow or shrink the DRAM budget while serving; returns when memory has followed.
+
+        Look-ups go on meanwhile, and records stay as far as they fit. Raises ConfigError for a
+        budget the process may not use, or below what every record size needs.
+        """
+        with self._gate:
+            dram = Dram(budget_bytes=budget_bytes)
+            check_config(structs.replace(self.config, dram=dram), memory_limit())
+            self._dram.resize(budget_bytes)
+
     def stats(self) -> dict[str, int]:
         """Counters since the store was opened, and the sizes of the tiers."""
         self._gate.check()
@@ -219,7 +268,7 @@ class Store:
             "tables_served": len(self._tables),
             "tables_damaged": len(self._broken),
             "dram_bytes": self._dram.total_bytes,
-            "dram_budget_bytes": self.config.dram.budget_bytes,
+            "dram_budget_bytes": self._dram.budget_bytes,
             "dram_capacity_records": self._dram.capacity_records,
         }
 
@@ -227,11 +276,14 @@ class Store:
         """Finish what runs and let go of the directory; idempotent."""
         self._hints.close()
         if self._gate.close():
+            self._warmth.close()
             self._reader.close()
+            self._dram.close()
             self._close_files()
 
     def disown_after_fork(self) -> None:
         """In a forked child: let go of the parent's files, above all of its lock."""
+        self._gate.abandon()
         self._close_files()
 
     def _close_files(self) -> None:

@@ -7,30 +7,47 @@ sizes in proportion to the bytes of the tables behind them. Reading takes no loc
 
 from __future__ import annotations
 
-import mmap
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 
-from engram_client.arena.layout import ArenaGeometry
-from engram_client.arena.read import MASKED, read_records
+from engram_client.arena.layout import WAYS, ArenaGeometry
+from engram_client.arena.read import MASKED, read_again, read_records
 from engram_client.errors import ConfigError
-from tierstore.kernels.admit import ADMITTED, EVICTED, admit_records
+from tierstore.kernels.admit import ADMITTED, EVICTED, admit_records, move_sets
+from tierstore.kernels.snapshot import admit_entries, copy_sets_out
 from tierstore.tiers.counters import Counters
+from tierstore.tiers.region import Region
+
+MOVED_BYTES = 4 << 20  # under one hold of the lock while resizing: a millisecond or two
 
 
 class Arena:
-    """A set-associative cache of records of one size. All methods are thread safe."""
+    """A set-associative cache of records of one size. All methods are thread safe.
+
+    While it is being resized there are two regions: new records go into the new one, look-ups ask the
+    new one and then, for what is missing, the old one, whose records move over set by set. A
+    record that moves between the two questions is a miss, which costs a read.
+    """
 
     def __init__(self, budget_bytes: int, record_bytes: int, counters: Counters) -> None:
-        self.geometry = ArenaGeometry.within(budget_bytes, record_bytes)
         self._counters = counters
-        self._memory = np.frombuffer(_map_pages(self.geometry.total_bytes), np.uint8)
-        self._index = self._memory.ctypes.data
-        self._slots = self._index + self.geometry.index_bytes
-        self._ghosts = self._index + self.geometry.ghosts_at
-        self._places = (self._index, self._slots, self.geometry.sets, self.geometry.slot_bytes)
+        self._region = Region(ArenaGeometry.within(budget_bytes, record_bytes))
+        self._old: Region | None = None
         self._writing = threading.Lock()
+        self._resizing = threading.Lock()
+        self._collapsing = Collapsing()
+        self._records = 0
+
+    @property
+    def geometry(self) -> ArenaGeometry:
+        return self._region.geometry
+
+    def settled_region(self) -> Region | None:
+        """Where all records are, to be kept while it is read by address; None while they move."""
+        region = self._region
+        return region if self._old is None else None
 
     def read(
         self,
@@ -45,22 +62,131 @@ class Arena:
         `keys` int64 [n], entry i of order i % orders. Returns the positions of the entries not
         found, int64, and how many entries were -1 (answered with zeros).
         """
+        old = self._old  # before the other, or records that are about to move would be missed
+        region = self._region
         misses = np.empty(keys.size, np.int64)
         counts = np.zeros(2, np.int64)
-        missed = read_records(*self._places, keys, owner, orders, *part, out, misses, counts)
+        missed = read_records(*region.places, keys, owner, orders, *part, out, misses, counts)
+        if old is not None and missed:
+            missed = read_again(*old.places, keys, owner, orders, *part, out, misses, missed)
         return misses[:missed], int(counts[MASKED])
 
     def admit(
         self, keys: np.ndarray, owners: np.ndarray, source: int, places: np.ndarray, *, wanted_soon: bool
     ) -> None:
         """Take in records; record i is `record_bytes` at address `source`, place `places[i]`."""
-        g, counts = self.geometry, np.zeros(2, np.int64)
+        counts = np.zeros(2, np.int64)
         with self._writing:
+            region = self._region
+            record_bytes = region.geometry.record_bytes
             admit_records(
-                self._index, self._slots, self._ghosts, g.sets, g.slot_bytes, g.record_bytes,
-                keys, owners, source, places, int(wanted_soon), counts,
-            )  # fmt: skip
+                *region.writer_places, record_bytes, keys, owners, source, places, int(wanted_soon), counts
+            )
+            self._note(counts)
         self._counters.add(records_admitted=counts[ADMITTED], records_evicted=counts[EVICTED])
+
+    def _note(self, counts: np.ndarray) -> None:
+        """Count records; an arena that is half full is worth gathering in huge pages."""
+        self._records += int(counts[ADMITTED] - counts[EVICTED])
+        if self._old is None and 2 * self._records > self.geometry.capacity_records:
+            self._collapsing.start(self._region)
+
+    def resize(self, budget_bytes: int) -> None:
+        """Grow or shrink to `budget_bytes` while look-ups go on; returns when the records have moved.
+
+        Memory stays below the larger of both budgets, a few sets aside: the old region is given back as
+        it empties. Admissions wait for `MOVED_BYTES` of copying at a time, look-ups for nothing.
+        """
+        with self._resizing:
+            geometry = ArenaGeometry.within(budget_bytes, self.geometry.record_bytes)
+            if geometry == self.geometry:
+                return
+            self._collapsing.stop()
+            with self._writing:
+                self._old, self._region = self._region, Region(geometry)
+                self._records = 0
+            self._move_records(self._old, self._region)
+            with self._writing:
+                self._old = None
+                self._note(np.zeros(2, np.int64))
+
+    def _move_records(self, old: Region, new: Region) -> None:
+        counts = np.zeros(2, np.int64)
+        step = max(1, MOVED_BYTES // (WAYS * old.geometry.slot_bytes))
+        for first in range(0, old.geometry.sets, step):
+            last = min(first + step, old.geometry.sets)
+            with self._writing:
+                source = (old.index, old.slots, old.geometry.slot_bytes, first, last)
+                target = (new.index, new.slots, new.ghosts, new.geometry.sets, new.geometry.record_bytes)
+                counts[:] = 0
+                move_sets(*source, *target, counts)
+                self._note(counts)
+            self._counters.add(records_moved=counts[ADMITTED], records_evicted=counts[EVICTED])
+            old.free_slots_of(first, last - first)
+
+    def copy_out(self, target: int, entries_max: int) -> Iterator[int]:
+        """Copy all records to address `target`, so many at a time; yields how many lie there now.
+
+        Nothing is locked but resizing. tierstore/kernels/snapshot.py says what an entry is.
+        """
+        with self._resizing:
+            region, which = self._region, 0
+            while which < region.geometry.sets:
+                which, entries = copy_sets_out(*region.places, which, target, entries_max)
+                yield entries
+
+    def copy_in(self, source: int, entries: int, owners: np.ndarray) -> None:
+        """Admit entries that `copy_out` made; `owners` int64 [n, 2] renames owners, others are left out."""
+        counts = np.zeros(2, np.int64)
+        with self._writing:
+            region = self._region
+            admit_entries(
+                *region.writer_places, region.geometry.record_bytes, source, entries, owners, counts
+            )
+            self._note(counts)
+        self._counters.add(records_restored=counts[ADMITTED], records_evicted=counts[EVICTED])
+
+    def close(self) -> None:
+        """Stop work in the background."""
+        self._collapsing.stop()
+
+    def settle(self) -> None:
+        """Wait until work in the background is done; for benchmarks."""
+        self._collapsing.wait()
+
+
+class Collapsing:
+    """Gathering a region in huge pages, once, in a thread that can be stopped."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._changing = threading.Lock()
+
+    def start(self, region: Region) -> None:
+        """Begin, unless it has begun or is just being stopped."""
+        if self._thread is not None or not self._changing.acquire(blocking=False):
+            return
+        try:
+            if self._thread is None:
+                thread = threading.Thread(
+                    target=region.collapse, args=(self._stop,), name="tierstore-huge-pages", daemon=True
+                )
+                thread.start()
+                self._thread = thread  # only now: `wait` and `stop` join it
+        finally:
+            self._changing.release()
+
+    def wait(self) -> None:
+        if (thread := self._thread) is not None:
+            thread.join()
+
+    def stop(self) -> None:
+        """Leave it as it is; it may be started again."""
+        with self._changing:
+            self._stop.set()
+            self.wait()
+            self._stop, self._thread = threading.Event(), None
 
 
 class DramTier:
@@ -71,12 +197,38 @@ class DramTier:
 
         A budget of 0 caches nothing. Raises ConfigError where not every size gets one set.
         """
+        self._table_bytes = table_bytes
+        self.budget_bytes = budget_bytes
         shares = share_budget(budget_bytes, table_bytes) if budget_bytes else {}
         self._arenas = {r: Arena(share, r, counters) for r, share in shares.items()}
 
     def arena(self, record_bytes: int) -> Arena | None:
         """Where records of this size are kept; None where nothing is."""
         return self._arenas.get(record_bytes)
+
+    def resize(self, budget_bytes: int) -> None:
+        """Grow or shrink the budget while look-ups go on; returns when it is done.
+
+        Arenas that shrink go first, so the sum stays within the larger budget. Raises ConfigError where not
+        every record size gets one set, or a budget of 0 is involved: that takes a restart.
+        """
+        if not budget_bytes or not self._arenas:
+            raise ConfigError(
+                f"$.dram.budget_bytes: cannot change from {self.budget_bytes} to {budget_bytes} while "
+                "serving; a cache is made or removed only at a start"
+            )
+        shares = share_budget(budget_bytes, self._table_bytes)
+        self.budget_bytes = budget_bytes
+        for record_bytes in sorted(shares, key=lambda r: shares[r] - self._arenas[r].geometry.total_bytes):
+            self._arenas[record_bytes].resize(shares[record_bytes])
+
+    def close(self) -> None:
+        for arena in self._arenas.values():
+            arena.close()
+
+    def arenas(self) -> dict[int, Arena]:
+        """Every arena by the bytes of its records."""
+        return dict(self._arenas)
 
     @property
     def total_bytes(self) -> int:
@@ -101,10 +253,3 @@ def share_budget(budget_bytes: int, table_bytes: dict[int, int]) -> dict[int, in
             f"{sizes} bytes, got {budget_bytes}; raise the budget, or set it to 0 to cache nothing"
         )
     return {r: smallest[r] + spare * size // total for r, size in table_bytes.items()}
-
-
-def _map_pages(size_bytes: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory

@@ -1,33 +1,33 @@
 """Measure cold rows at distinct pages beside fio's random 4 KiB reads of the same file.
 
 The store has a DRAM budget of 0, so every row is a page read past the page cache, checked and copied.
-fio reads with as many threads (psync), and from one thread with a deep queue (io_uring). numpy.memmap
-and LMDB serve a smaller sample of the same rows.
+Once with pread and as many threads as fio's psync, once with io_uring and a queue as deep as fio's.
+numpy.memmap and LMDB serve a smaller sample of the same rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from engram_client.errors import DataCorrupt, Unavailable
+from engram_client.errors import DataCorrupt, StorageError, Unavailable
 from tierbench.alternate import alternate
 from tierbench.cold_reads import ColdSample, ColdTable, DistinctPages
 from tierbench.delivery import add_common_arguments, count_list, deliver, rate_row
 from tierbench.prepared import PreparedTable, prepared_table
 from tierbench.record import compare, summarize
-from tierbench.yardsticks.fio import ENGINES, FioSample, fio_random_reads, fio_version
+from tierbench.yardsticks.fio import FioSample, fio_random_reads, fio_version
 from tierbench.yardsticks.lmdb_get import LmdbRows
 from tierbench.yardsticks.memmap import forget_cached_pages, memmap_rows
 
-URING_DEPTH = 64
-PSYNC, URING = ENGINES
+ENGINES: tuple[Literal["pread", "io_uring"], ...] = ("pread", "io_uring")
 LMDB_PART_ROWS = 1 << 16
 
 
@@ -41,7 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of the table (default: %(default)s)",
     )
-    add("--read-threads", type=int, default=32, metavar="N", help="ours and fio's (default: %(default)s)")
+    add(
+        "--read-threads",
+        type=int,
+        default=32,
+        metavar="N",
+        help="of pread, ours and fio's (default: %(default)s)",
+    )
+    add(
+        "--queue-depth",
+        type=int,
+        default=64,
+        metavar="N",
+        help="of io_uring, ours and fio's (default: %(default)s)",
+    )
     add(
         "--batch-rows", type=int, default=8192, metavar="N", help="rows of one look-up (default: %(default)s)"
     )
@@ -54,61 +67,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     prepared = prepared_table(args.dir, args.rows_per_head)
-    cold = ColdTable(prepared, args.read_threads)
-    try:
-        results = _beside_fio(args, prepared, cold)
-        results["other_ways"] = _other_ways(args, prepared, cold)
-    finally:
-        cold.close()
-    results["file_bytes"] = prepared.row_file.stat().st_size
+    results: dict[str, Any] = {"file_bytes": prepared.row_file.stat().st_size, "fio": fio_version()}
+    for engine in ENGINES:
+        depth = args.read_threads if engine == "pread" else args.queue_depth
+        try:
+            cold = ColdTable(prepared, engine, depth)
+        except StorageError:
+            results[engine] = None  # the system refuses it
+            continue
+        try:
+            results[engine] = {"depth": depth, **_beside_fio(args, prepared, cold, engine, depth)}
+            if engine == "pread":
+                results["other_ways"] = _other_ways(args, prepared, cold)
+        finally:
+            cold.close()
     return deliver("cold", args, results, _lines(results))
 
 
-def _beside_fio(args: argparse.Namespace, prepared: PreparedTable, cold: ColdTable) -> dict[str, Any]:
-    windows = iter(range(10**9))
+def _beside_fio(
+    args: argparse.Namespace, prepared: PreparedTable, cold: ColdTable, engine: str, depth: int
+) -> dict[str, Any]:
+    windows = itertools.count()
 
     def ours(callers: int) -> ColdSample:
         return cold.window(callers, args.batch_rows, args.window_s, args.seed * 1000 + next(windows))
 
-    def fio(engine: str, depth: int) -> FioSample:
+    def fio() -> FioSample:
         first_byte = cold.geometry.first_page * 4096
         seed = args.seed * 1000 + next(windows)
         return fio_random_reads(prepared.row_file, engine, depth, args.window_s, first_byte, seed)
 
     ours(1)  # kernels are loaded, threads are there
     contenders: dict[str, Callable[[], Any]] = {f"callers_{n}": partial(ours, n) for n in args.callers}
-    depths = {PSYNC: args.read_threads, URING: URING_DEPTH}
-    version = fio_version()
-    usable = {engine: depth for engine, depth in depths.items() if version and _answers(fio, engine, depth)}
-    contenders |= {engine: partial(fio, engine, depth) for engine, depth in usable.items()}
-    samples = alternate(args.windows, contenders, "cold rows")
-    yardsticks = {engine: samples.pop(engine) for engine in usable}
-    return {
-        "fio": version,
-        "fio_refused": [engine for engine in depths if engine not in usable],
-        **{name: _told(found, yardsticks) for name, found in samples.items()},
-        **{engine: _fio_told(found) for engine, found in yardsticks.items()},
-    }
+    if _answers(fio):
+        contenders["fio"] = fio
+    samples = alternate(args.windows, contenders, f"cold rows, {engine}")
+    yardstick = samples.pop("fio", [])
+    found: dict[str, Any] = {name: _told(windows, yardstick) for name, windows in samples.items()}
+    return {**found, "fio": _fio_told(yardstick) if yardstick else None}
 
 
-def _answers(fio: Callable[[str, int], FioSample], engine: str, depth: int) -> bool:
-    """Whether this engine works here; containers often refuse io_uring."""
+def _answers(fio: Callable[[], FioSample]) -> bool:
+    """Whether fio is there and this engine works; containers often refuse io_uring."""
     try:
-        return fio(engine, depth).reads_per_s > 0
+        return fio_version() is not None and fio().reads_per_s > 0
     except Unavailable:
         return False
 
 
-def _told(ours: list[ColdSample], yardsticks: dict[str, list[FioSample]]) -> dict[str, Any]:
+def _told(ours: list[ColdSample], yardstick: list[FioSample]) -> dict[str, Any]:
     rates = [s.rows_per_s for s in ours]
     return {
         "rows_per_s": summarize(rates),
         "cores": summarize([s.cores for s in ours]),
         "bytes_per_row": summarize([s.bytes_per_row for s in ours]),
         "reads_per_row": summarize([s.reads_per_row for s in ours]),
-        "beside": {
-            engine: compare(rates, [s.reads_per_s for s in found]) for engine, found in yardsticks.items()
-        },
+        "beside_fio": compare(rates, [s.reads_per_s for s in yardstick]) if yardstick else None,
     }
 
 
@@ -154,24 +168,33 @@ def _rate(read: Callable[[], np.ndarray], expected: np.ndarray) -> float:
 
 def _lines(results: dict[str, Any]) -> list[list[str]]:
     lines = []
-    for name, found in results.items():
-        if not name.startswith("callers_"):
-            continue
-        label = f"cold rows, {name.removeprefix('callers_')} callers"
-        for engine, pairs in found["beside"].items():
-            lines.append(rate_row(label, {**pairs, "yardstick_name": engine}, ">= 0.9", 1e3, "k/s"))
-        if not found["beside"]:
-            lines.append([label, f"{found['rows_per_s']['p50'] / 1e3:,.2f} k/s", "fio is not installed"])
-        lines.append(["  processor cores", f"{found['cores']['p50']:.2f}", "", "", "", "<= 0.5"])
-        lines.append(
-            ["  bytes read for a row", f"{found['bytes_per_row']['p50']:,.0f}", "", "", "", "<= 4301"]
-        )
     for engine in ENGINES:
-        if engine in results:
-            lines.append([f"  {engine}, processor cores", "", f"{results[engine]['cores']['p50']:.2f}"])
+        if results[engine] is None:
+            lines.append([f"{engine}: the system refuses it"])
+            continue
+        lines += _engine_lines(engine, results[engine])
     other = results["other_ways"]
     ours = f"{other['tierstore_rows_per_s'] / 1e3:,.1f} k rows/s"
     for way in ("memmap", "lmdb_cold", "lmdb_warm"):
         shown = f"{other[f'{way}_rows_per_s'] / 1e3:,.1f} k rows/s"
         lines.append([f"one thread, {way.replace('_', ' ')}", ours, shown])
+    return lines
+
+
+def _engine_lines(engine: str, results: dict[str, Any]) -> list[list[str]]:
+    fio, lines = results["fio"], []
+    fio_cores = f"{fio['cores']['p50']:.2f}" if fio else ""
+    for name, found in results.items():
+        if not name.startswith("callers_"):
+            continue
+        label = f"{engine}, {results['depth']} deep, {name.removeprefix('callers_')} callers"
+        if found["beside_fio"]:
+            pairs = {**found["beside_fio"], "yardstick_name": f"fio {engine}"}
+            lines.append(rate_row(label, pairs, ">= 0.9", 1e3, "k/s"))
+        else:
+            lines.append([label, f"{found['rows_per_s']['p50'] / 1e3:,.2f} k/s", "no fio here"])
+        lines.append(["  processor cores", f"{found['cores']['p50']:.2f}", fio_cores, "", "", "<= 0.5"])
+        lines.append(
+            ["  bytes read for a row", f"{found['bytes_per_row']['p50']:,.0f}", "", "", "", "<= 4301"]
+        )
     return lines

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engram_client.arena.layout import LINE_BYTES, WAYS, ArenaGeometry
+from engram_client.arena.layout import LINE_BYTES, SMALL, WANTED, WAYS, ArenaGeometry
 from engram_client.arena.read import count_read, find_way, mix, set_of, tag_of
 from tierbench.policy.compiled import simulator
 from tierbench.policy.traces import RecordTrace
@@ -59,7 +59,7 @@ def hinted(trace: RecordTrace, capacity: int, window: int) -> tuple[float, float
 @simulator
 def _replay(index, slots, ghosts, sets, slot_bytes, keys, owners, part_bytes):
     counts = np.zeros(2, np.int64)
-    wanted_soon = 1 if part_bytes == HINT else 0
+    state = SMALL | WANTED if part_bytes == HINT else SMALL
     for i in range(keys.size):
         h = mix(keys[i], owners[i])
         which = set_of(h, sets)
@@ -69,6 +69,6 @@ def _replay(index, slots, ghosts, sets, slot_bytes, keys, owners, part_bytes):
             count_read(line, way, part_bytes)
         else:
             admit_record(
-                index, slots, ghosts, sets, slot_bytes, 0, keys[i], owners[i], 0, wanted_soon, counts
+                index, slots, ghosts, sets, slot_bytes, 0, keys[i], owners[i], 0, state, counts
             )
     return keys.size - counts[ADMITTED]

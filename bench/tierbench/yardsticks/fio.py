@@ -11,8 +11,8 @@ from pathlib import Path
 from engram_client.errors import Unavailable
 
 ENGINES = {
-    "fio psync": lambda depth: ["--ioengine=psync", "--thread", f"--numjobs={depth}"],
-    "fio io_uring": lambda depth: ["--ioengine=io_uring", f"--iodepth={depth}", "--numjobs=1"],
+    "pread": lambda depth: ["--ioengine=psync", "--thread", f"--numjobs={depth}"],
+    "io_uring": lambda depth: ["--ioengine=io_uring", f"--iodepth={depth}", "--numjobs=1"],
 }
 
 
@@ -48,8 +48,8 @@ def fio_random_reads(
     if done.returncode:
         reason = (done.stderr or done.stdout).strip().splitlines()
         raise Unavailable(
-            f"{engine} ended with code {done.returncode}: {reason[-1] if reason else 'no word'}"
+            f"fio with {engine} ended with code {done.returncode}: {reason[-1] if reason else 'no word'}"
         )
     job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
-    cores = (job["usr_cpu"] + job["sys_cpu"]) / 100 * (depth if engine == "fio psync" else 1)
+    cores = (job["usr_cpu"] + job["sys_cpu"]) / 100 * (depth if engine == "pread" else 1)
     return FioSample(float(job["read"]["iops"]), cores)

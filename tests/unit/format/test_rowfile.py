@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,19 @@ def test_a_header_that_contradicts_itself_is_refused_though_its_checksum_is_good
         file.write(sealed_pages(bytes(payload), 0, row_file.header.uuid))
     with pytest.raises(FormatError):
         RowFile.open(row_file.path)
+
+
+def test_a_header_cannot_make_its_reader_take_much_memory_or_time(row_file: RowFile) -> None:
+    header = row_file.header
+    huge = replace(header.geometry, rows=2**40)
+    with row_file.path.open("r+b") as file:
+        file.write(replace(header, geometry=huge).page())
+    report = checked(row_file.path)
+    assert report.missing_bytes == huge.file_bytes - row_file.geometry.file_bytes
+    with row_file.path.open("r+b") as file:
+        file.write(replace(header, leaf_pages=2**32 - 1).page())
+    with pytest.raises(FormatError, match="4294967295 pages under one leaf"):
+        checked(row_file.path)
 
 
 def test_every_flipped_bit_of_the_header_is_found(row_file: RowFile) -> None:

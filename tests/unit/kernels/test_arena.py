@@ -1,13 +1,13 @@
 """The arena against a dictionary, and under a writer that never rests."""
 
-import mmap
+import os
 import threading
 from typing import Any
 
 import numpy as np
 import pytest
 
-from engram_client.arena.layout import LINE_BYTES, SEQUENCE_AT, WAYS, ArenaGeometry
+from engram_client.arena.layout import SEQUENCE_AT, WAYS, ArenaGeometry
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.dram import Arena
 
@@ -117,8 +117,8 @@ def test_sets_whose_writer_died_are_misses():
     arena = make_arena(64)
     keys = np.arange(40)
     admit(arena, keys)
-    index = arena._memory[: arena.geometry.index_bytes].reshape(-1, LINE_BYTES)
-    index[:, SEQUENCE_AT] |= 1
+    for which in range(arena.geometry.sets):
+        arena._region.index_line(which)[SEQUENCE_AT] |= 1
     assert read(arena, keys)[1] == set(range(40))
     admit(arena, keys)  # the next writer repairs the set
     rows, missing, _ = read(arena, keys)
@@ -159,16 +159,102 @@ def test_readers_never_see_a_torn_record_while_a_writer_evicts():
         writer.join()
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the platform has no huge page advice")
-def test_arena_memory_is_private_to_the_process():
-    """A shared anonymous mapping would count against shared memory limits and refuse huge pages."""
+@pytest.mark.parametrize("factor", [0.3, 0.9, 1.4, 4])
+def test_resizing_keeps_what_fits(factor):
+    arena = make_arena(4096)
+    keys = np.random.default_rng(4).integers(0, 2**63 - 1, 3000)
+    admit(arena, keys)
+    before = keys.size - len(read(arena, keys)[1])
+    arena.resize(int(arena.geometry.total_bytes * factor))
+    rows, missing, _ = read(arena, keys)
+    found = np.setdiff1d(np.arange(keys.size), sorted(missing))
+    np.testing.assert_array_equal(rows[found], content(keys)[found])
+    capacity = arena.geometry.capacity_records
+    expected = before if factor > 1 else min(before, capacity)
+    assert found.size >= 0.9 * expected, "a few sets may overflow, no more"
+
+
+def test_resizing_while_reading_and_admitting_is_never_wrong():
+    arena = make_arena(2048)
+    keys = np.random.default_rng(5).integers(0, 2**63 - 1, 1500)
+    sizes = [int(arena.geometry.total_bytes * f) for f in (3, 0.2, 1, 5, 0.5, 1)]
+    done = threading.Event()
+
+    def resize() -> None:
+        for size in sizes * 3:
+            arena.resize(size)
+        done.set()
+
+    resizer = threading.Thread(target=resize)
+    resizer.start()
+    expected, hits = content(keys), 0
+    while True:
+        last = done.is_set()
+        admit(arena, keys)
+        rows, missing, _ = read(arena, keys)
+        found = np.setdiff1d(np.arange(keys.size), sorted(missing))
+        np.testing.assert_array_equal(rows[found], expected[found])
+        hits += found.size
+        if last:
+            break
+    assert hits > 0
+
+
+def test_shrinking_gives_memory_back():
+    arena = Arena(64 << 20, 2112, Counters())
+    arena.close()  # huge pages would count memory that was never used
+    keys = np.arange(25_000)
+    rows = np.zeros((keys.size, 2112), np.uint8)
+    arena.admit(keys, np.full(keys.size, OWNER), rows.ctypes.data, keys, wanted_soon=False)
+    before = shared_bytes()
+    arena.resize(8 << 20)
+    arena.close()
+    assert shared_bytes() < before - (40 << 20)
+
+
+def shared_bytes() -> int:
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssShmem"))
+
+
+def test_arena_memory_belongs_to_its_user_alone():
+    """A memfd is born with mode 0777, and a process that may open it for writing can truncate it."""
     arena = make_arena(1024)
     with open("/proc/self/maps") as maps:
-        address = arena._memory.ctypes.data
-        line = next(m for m in maps if _within(m, address))
-    assert line.split()[1] == "rw-p"
+        line = next(m for m in maps if _within(m, arena._region.index))
+    assert "memfd:tierstore-arena" in line
+    address = line.split()[0]
+    assert os.stat(f"/proc/self/map_files/{address}").st_mode & 0o777 == 0o600
 
 
 def _within(line: str, address: int) -> bool:
     low, high = (int(part, 16) for part in line.split()[0].split("-"))
     return low <= address < high
+
+
+def test_an_arena_that_fills_moves_to_huge_pages_or_says_it_cannot(caplog):
+    arena = Arena(32 << 20, 2112, Counters())
+    keys = np.arange(arena.geometry.capacity_records)
+    rows = np.zeros((keys.size, 2112), np.uint8)
+    arena.admit(keys, np.full(keys.size, OWNER), rows.ctypes.data, keys, wanted_soon=False)
+    arena.settle()
+    assert huge_bytes(arena) >= (16 << 20) or "stays in small pages" in caplog.text
+    assert not read_all_missing(arena, keys[:100])
+
+
+def huge_bytes(arena: Arena) -> int:
+    """From /proc/self/smaps: bytes of the arena's mapping in huge pages."""
+    inside = False
+    with open("/proc/self/smaps") as maps:
+        for line in maps:
+            if "-" in line.split()[0]:
+                inside = _within(line, arena._region.index)
+            elif inside and line.startswith("ShmemPmdMapped"):
+                return 1024 * int(line.split()[1])
+    return 0
+
+
+def read_all_missing(arena: Arena, keys: np.ndarray) -> bool:
+    out = np.ones((keys.size, 2112), np.uint8)
+    misses, _ = arena.read(keys, OWNER, 1, (0, 2112), out.ctypes.data)
+    return bool(misses.size == keys.size) or bool(np.delete(out, misses, axis=0).any())

@@ -206,8 +206,9 @@ def test_any_state_a_late_reader_leaves_is_survived() -> None:
     arena = make_arena(6)
     random = np.random.default_rng(5)
     g = arena.geometry
-    index = arena._memory[: g.index_bytes].reshape(-1, LINE_BYTES)
-    ghosts = arena._memory[g.ghosts_at : g.ghosts_at + g.sets * GHOST_BYTES]
+    memory = arena._region._bytes
+    index = memory[: g.index_bytes].reshape(-1, LINE_BYTES)
+    ghosts = memory[g.ghosts_at : g.ghosts_at + g.sets * GHOST_BYTES]
     for keys in random.integers(0, 2**63 - 1, (300, 4)):
         index[:, STATES_AT : STATES_AT + WAYS] = random.integers(0, 256, (g.sets, WAYS))
         ghosts[:] = random.integers(0, 256, ghosts.size)
@@ -220,7 +221,7 @@ def test_any_state_a_late_reader_leaves_is_survived() -> None:
 
 def test_a_record_read_often_leaves_its_line_clean() -> None:
     arena, keys = make_arena(1), np.arange(1, 60)
-    index = arena._memory[: arena.geometry.index_bytes]
+    index = arena._region._bytes[: arena.geometry.index_bytes]
     for key in keys:  # some of them reach the main queue
         admit(arena, keys[sorted(read(arena, keys[:key]))])
     for _ in range(6):

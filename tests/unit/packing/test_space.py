@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from engram_client.errors import StorageError
 from tests.table_sources import plain_checkpoint
 from tierstore.format.sources import open_checkpoint
 from tierstore.format.writer import RowFileJob
 from tierstore.packing.consume import finished_files, last_rows
 from tierstore.packing.plan import PackOptions, PackPlan
-from tierstore.packing.space import peak_bytes
+from tierstore.packing.space import check_space, peak_bytes
 
 ROWS = (4000, 4000, 4000)
 
@@ -58,3 +60,16 @@ def test_a_plan_is_read_back_as_it_was_saved(plan: PackPlan, tmp_path: Path) -> 
     plan.save(tmp_path / "plan.json")
     assert PackPlan.load(tmp_path / "plan.json") == plan
     assert PackPlan.load(tmp_path / "none.json") is None
+
+
+def test_consumption_is_advised_only_where_it_would_free_room(
+    plan: PackPlan, jobs: dict[str, RowFileJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=12345)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(StorageError, match="12345 are free; make room, or use --consume"):
+        check_space(tmp_path, plan, jobs, {}, consume=False)
+    for file in plan.files:  # another name keeps the bytes, as another disk would
+        file.path.with_suffix(".link").hardlink_to(file.path)
+    with pytest.raises(StorageError, match=r"12345 are free; make room$"):
+        check_space(tmp_path, plan, jobs, {}, consume=False)

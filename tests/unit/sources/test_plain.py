@@ -77,6 +77,8 @@ def test_json_with_a_scheme(tensors: Path, tmp_path: Path) -> None:
         ('[[table]]\nname = "a"\nweight = ["part.0", "other"]', "rows must be alike"),
         ('[[table]]\nname = "a"\nweight = "part.0"\nscale = "scales"', "hold 5 rows, the table has 3"),
         ('[[table]]\nname = "a"\nweight = "part.0"\nglobal_scale = "x"', "global_scale: expected a number"),
+        ('[[table]]\nname = "a"\nweight = "part.0"\nglobal_scale = nan', "global_scale: expected a finite"),
+        ('[[table]]\nname = "a"\nweight = "part.0"\nglobal_scale = -inf', "global_scale: expected a finite"),
         ('[[table]]\nname = "a"\nweight = "part.0"\nscales = 1', r"\$\.table\[0\]\.scales: unknown key"),
         ('[[table]]\nname = "a"\nweight = "part.0"\n[table.scheme]\nkind = "ple"', r"scheme: incomplete"),
     ],
@@ -86,9 +88,23 @@ def test_refuses_a_layout(tensors: Path, tmp_path: Path, text: str, says: str) -
         open_checkpoint(tensors, layout_file=layout(tmp_path, text))
 
 
-def test_refuses_a_scheme_that_cannot_be_hashed(tensors: Path, tmp_path: Path) -> None:
-    entry = {"name": "mine", "weight": "part.0", "scheme": SCHEME | {"head_sizes": [[2, 0]]}}
-    with pytest.raises(FormatError, match=r"\$\.table\[0\]\.scheme: .*head sizes must be >= 1"):
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"head_sizes": [[2, 0]]}, "head sizes must be >= 1"),
+        ({"kind": "Ple"}, "kind must be engram or ple, got 'Ple'"),
+        ({"multipliers": [3.5, 5]}, r"multipliers must hold integers, got 3\.5"),
+        ({"head_sizes": [[2.0, 3]]}, r"head_sizes must hold integers, got 2\.0"),
+        ({"layer_id": "1"}, "layer_id must hold integers, got '1'"),
+        ({"vocab_size": True}, "vocab_size must hold integers, got True"),
+        ({"vocabulary_digest": 5}, "vocabulary_digest must be text"),
+    ],
+)
+def test_refuses_a_scheme_that_cannot_be_hashed(
+    tensors: Path, tmp_path: Path, change: dict[str, object], says: str
+) -> None:
+    entry = {"name": "mine", "weight": "part.0", "scheme": SCHEME | change}
+    with pytest.raises(FormatError, match=rf"\$\.table\[0\]\.scheme: .*{says}"):
         open_checkpoint(tensors, layout_file=layout(tmp_path, json.dumps({"table": entry}), "layout.json"))
 
 

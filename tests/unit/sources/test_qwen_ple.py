@@ -137,6 +137,7 @@ def changed(name: str, value: Any) -> dict[str, Any]:
         ("ngram_embedding.weight_scale", None, "no weight_scale"),
         ("ngram_embedding.weight_scale", ("F32", [2], bytes(8)), "one BF16, F16 or F32 number"),
         ("ngram_embedding.shard_0.weight_scale", ("BF16", [1], b"\x80\x3f"), "2 different weight_scale"),
+        ("ngram_embedding.weight_scale", ("BF16", [1], b"\xc0\x7f"), "is nan, expected a finite scale"),
         ("layer_multipliers", None, "lacks the hash buffers layer_multipliers"),
         ("layer_multipliers", ("I32", [3], bytes(12)), "must be I64"),
         ("layer_multipliers", int64s(3, 5, 2**62), "63-bit"),
@@ -158,6 +159,7 @@ def test_refuses_tensors_that_do_not_fit(made: Callable[..., Path], name: str, v
         ({"eos_token_id": 100}, r"eos_token_id must be 0\.\.99, got 100"),
         ({"ple_layer_ids": [5]}, r"layer 1 holds a table, but ple_layer_ids \(counted from 1\) is \[5\]"),
         ({"split_ngram_parts": 13}, r"12 of 13 shards"),
+        ({"ngram_size": 2**60}, r"n-grams up to .* at most 1024 and 64"),
     ],
 )
 def test_refuses_a_configuration_that_does_not_fit(

@@ -11,7 +11,12 @@ from tierstore.format.source import TableSource
 from tierstore.format.sources.checkpoint import Checkpoint, field_dtype, stack_extents, table_shape
 from tierstore.format.sources.options import Options, choose_layers
 from tierstore.format.sources.safetensors import Tensor
-from tierstore.format.sources.schemes import derive_engram_schemes, load_vocabulary, scheme_of
+from tierstore.format.sources.schemes import (
+    check_bounds,
+    derive_engram_schemes,
+    load_vocabulary,
+    scheme_of,
+)
 
 WANTED = "layers.{L}.engram.embed.weight"
 SEED = 0  # not in the published configuration; it is what the published tables were hashed with
@@ -39,14 +44,15 @@ def read(checkpoint: Checkpoint, options: Options) -> list[TableSource]:
 
 
 def _schemes(checkpoint: Checkpoint, options: Options, where: Path) -> dict[int, HashScheme]:
-    max_ngram_size = checkpoint.require("engram_max_ngram_size")
+    max_ngram_size, heads = checkpoint.require("engram_max_ngram_size"), checkpoint.require("engram_n_heads")
+    check_bounds(where, heads, max_ngram_size)
     size_key = "engram_compressed_vocab_size"
     return derive_engram_schemes(
         where,
         load_vocabulary(options.tokenizer, checkpoint.folder, checkpoint.require(size_key), size_key),
         layer_ids=checkpoint.require_ints("engram_layer_ids"),
         vocab_size_per_ngram=[checkpoint.require("engram_vocab_size")] * (max_ngram_size - 1),
-        n_head_per_ngram=checkpoint.require("engram_n_heads"),
+        n_head_per_ngram=heads,
         max_ngram_size=max_ngram_size,
         pad_id=checkpoint.require("engram_pad_token_id"),
         seed=checkpoint.require("engram_seed", default=SEED),

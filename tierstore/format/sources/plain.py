@@ -27,6 +27,7 @@ from tierstore.format.sources.options import Options
 from tierstore.format.sources.safetensors import Tensor
 
 HOW = 'It needs two lines of TOML after [[table]]: name = "my-table" and weight = "NAME OF THE TENSOR".'
+FLOAT32_MAX = 3.4028234663852886e38
 KEYS = ("name", "weight", "scale", "global_scale", "layer", "scheme")
 
 
@@ -119,6 +120,8 @@ def _global_scale(entry: dict[str, Any], where: str) -> float | None:
     value = entry.get("global_scale")
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise FormatError(f"{where}.global_scale: expected a number, got {value!r}")
+    if value is not None and not abs(value) <= FLOAT32_MAX:  # NaN is not either
+        raise FormatError(f"{where}.global_scale: expected a finite float32 number, got {value!r}")
     return None if value is None else float(value)
 
 

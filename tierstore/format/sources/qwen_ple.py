@@ -6,6 +6,7 @@ configuration would give. `ple_layer_ids` counts layers from 1, tensor names cou
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from tierstore.format.sources.checkpoint import (
 )
 from tierstore.format.sources.options import Options, choose_layers
 from tierstore.format.sources.safetensors import Tensor
+from tierstore.format.sources.schemes import check_bounds
 
 WANTED = "model.language_model.layers.{L}.ple.ple_embedding.ngram_embedding.shard_{i}.weight"
 SEED = 1234  # not in the published configuration; it reproduces the published buffers
@@ -118,7 +120,11 @@ def _shards_in_order(checkpoint: Checkpoint, layer: int, shards: dict[int, Tenso
 
 
 def _global_scale(checkpoint: Checkpoint, layer: int, dtype: str, scales: list[Tensor]) -> float | None:
-    values = sorted({read_scalar(t) for t in scales})
+    read = [(t, read_scalar(t)) for t in scales]
+    for tensor, value in read:
+        if not math.isfinite(value):
+            raise FormatError(f"{tensor.path}: {tensor.name!r} is {value}, expected a finite scale")
+    values = sorted({value for _, value in read})
     if len(values) > 1:
         raise FormatError(
             f"{checkpoint.path}: layer {layer} has {len(values)} different weight_scale values "
@@ -179,17 +185,19 @@ def _eos(checkpoint: Checkpoint) -> int:
 
 def _derived_scheme(checkpoint: Checkpoint, layer: int) -> HashScheme:
     where = checkpoint.folder / "config.json"
+    ngram_size, heads = checkpoint.require("ngram_size"), checkpoint.require("heads_per_ngram")
+    check_bounds(where, heads, ngram_size)
     try:
         scheme = ple_scheme(
             vocab_size=checkpoint.require("vocab_size"),
             eos_token_id=_eos(checkpoint),
-            ngram_size=checkpoint.require("ngram_size"),
-            heads_per_ngram=checkpoint.require("heads_per_ngram"),
+            ngram_size=ngram_size,
+            heads_per_ngram=heads,
             ngram_vocab_base=checkpoint.require("ngram_vocab_size_base"),
             seed=checkpoint.require("seed", default=SEED),
             layer_index=_layer_index(checkpoint, layer),
         )
-    except BadRequest as error:
+    except (BadRequest, FormatError) as error:
         raise FormatError(f"{where}: {error}") from error
     # The hash counts PLE layers from 0; a table is known by the layer of the model it belongs to.
     return _checked(replace(scheme, layer_id=layer), where)

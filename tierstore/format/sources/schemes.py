@@ -21,6 +21,7 @@ class Vocabulary:
 
     size: int
     digest: str | None
+    raw_size: int | None = None  # tokens before folding
 
 
 def load_vocabulary(tokenizer: Path | None, folder: Path, expected_size: int | None, key: str) -> Vocabulary:
@@ -44,7 +45,7 @@ def load_vocabulary(tokenizer: Path | None, folder: Path, expected_size: int | N
             f"{path}: its tokens fold to {compressed.vocab_size} compressed ids, {key} in "
             f"{folder / 'config.json'} says {expected_size}; use the tokenizer the table was trained with"
         )
-    return Vocabulary(compressed.vocab_size, compressed.digest)
+    return Vocabulary(compressed.vocab_size, compressed.digest, compressed.raw_vocab_size)
 
 
 def derive_engram_schemes(
@@ -62,11 +63,8 @@ def derive_engram_schemes(
 
     Multipliers and head sizes follow from the vocabulary's size alone; its digest is recorded.
     """
-    if n_head_per_ngram > HEADS_MAX or max_ngram_size > NGRAM_MAX:
-        raise FormatError(
-            f"{where}: {n_head_per_ngram} heads of n-grams up to {max_ngram_size}; "
-            f"at most {HEADS_MAX} and {NGRAM_MAX} are supported"
-        )
+    check_bounds(where, n_head_per_ngram, max_ngram_size)
+    _check_pad(where, vocabulary, pad_id)
     try:
         schemes = engram_schemes(
             compressed_vocab_size=vocabulary.size,
@@ -78,9 +76,26 @@ def derive_engram_schemes(
             seed=seed,
             vocabulary_digest=vocabulary.digest,
         )
-    except BadRequest as error:
+    except (BadRequest, FormatError) as error:
         raise FormatError(f"{where}: {error}") from error
     return {scheme.layer_id: scheme for scheme in schemes}
+
+
+def check_bounds(where: Path, heads: int, max_ngram_size: int) -> None:
+    """Raise FormatError where a configuration asks for more primes than any model has."""
+    if heads > HEADS_MAX or max_ngram_size > NGRAM_MAX:
+        raise FormatError(
+            f"{where}: {heads} heads of n-grams up to {max_ngram_size}; "
+            f"at most {HEADS_MAX} and {NGRAM_MAX} are supported"
+        )
+
+
+def _check_pad(where: Path, vocabulary: Vocabulary, pad_id: int) -> None:
+    """A pad id that the tokenizer does not know would make a table nobody can hash for."""
+    if vocabulary.raw_size is not None and pad_id >= vocabulary.raw_size:
+        raise FormatError(
+            f"{where}: the pad id is {pad_id}, but the tokenizer knows tokens 0..{vocabulary.raw_size - 1}"
+        )
 
 
 def scheme_of(schemes: dict[int, HashScheme], layer: int, where: Path) -> HashScheme:
