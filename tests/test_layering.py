@@ -40,8 +40,10 @@ TORCH = (
 )
 NUMBA = ("engram_client/jit.py", "engram_client/arena/", "engram_client/hashing/", "tierstore/kernels/")
 GRPC = ("tierstore/rpc/", "engram_client/transport/", "bench/")
+# 2026-11-22: replays of millions of accesses need compiled loops; the simulators are no part of the product.
+SIMULATORS = "bench/tierbench/policy/"
 WALLS: dict[str, tuple[str, ...]] = {
-    "numba": NUMBA,
+    "numba": (*NUMBA, SIMULATORS),
     "llvmlite": NUMBA,
     "torch": TORCH,
     "triton": TORCH,

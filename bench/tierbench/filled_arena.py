@@ -74,7 +74,8 @@ def filled_arena(budget_bytes: int, record_bytes: int, orders: int, share: float
     totals = counters.snapshot()
     fill = (totals["records_admitted"] - totals["records_evicted"]) / arena.geometry.capacity_records
     whole = np.ones(keys.size, bool)
-    missing, _ = arena.read(keys.reshape(-1), OWNER, orders, (0, 0), pool.ctypes.data)
+    firsts = np.empty(keys.size, np.uint8)
+    missing, _ = arena.read(keys.reshape(-1), OWNER, orders, (0, 1), firsts.ctypes.data)
     whole[missing] = False
     present = keys[whole.reshape(keys.shape).all(axis=1)]
     return FilledArena(arena, record_bytes, orders, random.permutation(present), fill, pool)

@@ -26,11 +26,15 @@ from engram_client.arena.atomics import (
 from engram_client.arena.layout import (
     KEY_AT,
     LINE_BYTES,
+    MAIN_READ,
     OWNER_AT,
+    QUEUE_MASK,
     RECORD_AT,
     SEQUENCE_AT,
+    SMALL_READ,
+    STATES_AT,
     TAGS_AT,
-    VISITED_AT,
+    WANTED,
     WAYS,
 )
 from engram_client.jit import inline_kernel, kernel
@@ -87,6 +91,24 @@ def first_tag(line, tag):
 
 
 @inline_kernel
+def count_read(line, way, part_bytes):
+    """One read more of this way; a record that was read often leaves its line clean.
+
+    Who reads no bytes is a hint: it counts, and its reader is awaited. That reader, when it comes,
+    is counted already.
+    """
+    state = load_byte(line + STATES_AT + way)
+    queue = state & QUEUE_MASK
+    more = state if queue in (SMALL_READ, MAIN_READ) else state + 1
+    if part_bytes == 0:
+        new = more | WANTED
+    else:
+        new = state - WANTED if state & WANTED else more
+    if new != state:
+        store_byte(line + STATES_AT + way, new)
+
+
+@inline_kernel
 def copy_if_present(line, set_slots, slot_bytes, tag, key, owner, part_at, part_bytes, target):
     """Copy a part of the record and return True, or return False: a miss."""
     for _ in range(TRIES):
@@ -98,8 +120,8 @@ def copy_if_present(line, set_slots, slot_bytes, tag, key, owner, part_at, part_
             copy_bytes(target, set_slots + way * slot_bytes + RECORD_AT + part_at, part_bytes)
         fence_acquire()
         if load_relaxed(line + SEQUENCE_AT) == before:
-            if way >= 0 and load_byte(line + VISITED_AT + way) == 0:
-                store_byte(line + VISITED_AT + way, 1)
+            if way >= 0:
+                count_read(line, way, part_bytes)
             return way >= 0
     return False
 
@@ -118,7 +140,8 @@ def read_records(
     """Copy a part of each record found; list the others.
 
     Addresses (int64): `index`, `slots` of the arena, `out` of n * part_bytes bytes. `keys` int64
-    [n], entry i of order i % orders; `owner` is the owner of order 0. Key -1 is answered with
+    [n], entry i of order i % orders; `owner` is the owner of order 0. `part_bytes` 0 is what a
+    hint asks for: nothing is copied, the records found are kept for who comes. Key -1 is answered with
     zeros. Writes the positions of missing entries to `misses` int64 [n] and adds to `counts`
     (MASKED, MISSED). Returns the number of misses.
     """

@@ -1,9 +1,7 @@
-"""Writing records into an arena, and choosing which one goes.
+"""Writing records into an arena.
 
-Replacement is CLOCK within a set: the hand passes over ways that were read since it last came by,
-taking their mark, and stops at the first that was not. A record that a look-up brought in comes
-unmarked, so one that is never read again leaves before one that is. A record that a hint brought
-in is known to be wanted: it comes marked, or it would leave before it was ever used.
+`replacement` chooses which record goes. A newcomer has no reads counted, so one that is never read
+again leaves soon. A record that a hint brought in is kept for the reader that the hint announced.
 
 A writer makes the set's sequence odd, changes the set, and makes it even again; readers that
 overlap throw their copy away. Writers of one arena must hold its lock.
@@ -17,44 +15,32 @@ from engram_client.arena.atomics import (
     load_byte,
     load_half,
     load_word,
-    store_byte,
     store_half,
     store_release,
     store_word,
     zero_bytes,
 )
 from engram_client.arena.layout import (
-    HAND_AT,
+    GHOST_BYTES,
     KEY_AT,
     LINE_BYTES,
+    MAIN,
     OWNER_AT,
+    PLACE_SHIFT,
+    QUEUE_MASK,
     RECORD_AT,
     SEQUENCE_AT,
+    SMALL,
+    STATES_AT,
     TAGS_AT,
-    VISITED_AT,
+    WANTED,
     WAYS,
 )
 from engram_client.arena.read import find_way, mix, set_of, tag_of
 from engram_client.jit import inline_kernel, kernel
+from tierstore.kernels.replacement import choose_way, make_newest, recall, remember
 
 ADMITTED, EVICTED = 0, 1  # places in the counts array
-
-
-@inline_kernel
-def choose_way(line):
-    """An empty way, else the first unvisited one from the hand on; the hand moves past it."""
-    for way in range(WAYS):
-        if load_half(line + TAGS_AT + 2 * way) == 0:
-            return way
-    hand = load_byte(line + HAND_AT)
-    for _ in range(2 * WAYS):
-        way = hand % WAYS
-        hand += 1
-        if load_byte(line + VISITED_AT + way) == 0:
-            break
-        store_byte(line + VISITED_AT + way, 0)
-    store_byte(line + HAND_AT, hand % WAYS)
-    return way
 
 
 @inline_kernel
@@ -67,7 +53,7 @@ def empty_if_abandoned(line):
 
 
 @inline_kernel
-def write_record(line, slot, way, tag, key, owner, source, record_bytes, mark):
+def write_record(line, slot, way, tag, key, owner, source, record_bytes, state):
     """Put one record into a way, invisible to readers until it is whole."""
     sequence = load_word(line + SEQUENCE_AT)
     store_word(line + SEQUENCE_AT, sequence + 1)
@@ -76,40 +62,51 @@ def write_record(line, slot, way, tag, key, owner, source, record_bytes, mark):
     store_word(slot + OWNER_AT, owner)
     copy_bytes(slot + RECORD_AT, source, record_bytes)
     store_half(line + TAGS_AT + 2 * way, tag)
-    store_byte(line + VISITED_AT + way, mark)
+    make_newest(line, way, state)
     store_release(line + SEQUENCE_AT, sequence + 2)
 
 
 @inline_kernel
-def admit_one(index, slots, sets, slot_bytes, record_bytes, key, owner, source, mark, counts):
-    """Write one record into its set, unless it is there already."""
+def admit_record(index, slots, ghosts, sets, slot_bytes, record_bytes, key, owner, source, state, counts):
+    """Write one record at address `source` into its set, unless it is there already.
+
+    `state` is its queue, its reads and whether a reader is awaited; the set's memory may know better.
+    """
     h = mix(key, owner)
     which = set_of(h, sets)
     tag = tag_of(h)
-    line = index + which * LINE_BYTES
+    line, ghost_line = index + which * LINE_BYTES, ghosts + which * GHOST_BYTES
     set_slots = slots + which * WAYS * slot_bytes
     empty_if_abandoned(line)
     if find_way(line, set_slots, slot_bytes, tag, key, owner) >= 0:
         return
+    known = recall(line, ghost_line, tag)
     way = choose_way(line)
     counts[ADMITTED] += 1
-    if load_half(line + TAGS_AT + 2 * way) != 0:
+    old_tag = load_half(line + TAGS_AT + 2 * way)
+    if old_tag != 0:
         counts[EVICTED] += 1
-    write_record(line, set_slots + way * slot_bytes, way, tag, key, owner, source, record_bytes, mark)
+        remember(line, ghost_line, old_tag)
+    if known and state & QUEUE_MASK < MAIN:
+        state = state & WANTED | MAIN
+    slot = set_slots + way * slot_bytes
+    write_record(line, slot, way, tag, key, owner, source, record_bytes, state)
 
 
 @kernel
-def admit_records(index, slots, sets, slot_bytes, record_bytes, keys, owners, source, places, mark, counts):
+def admit_records(
+    index, slots, ghosts, sets, slot_bytes, record_bytes, keys, owners, source, places, wanted_soon, counts
+):
     """Write records into the arena; one already there is left alone.
 
-    Addresses (int64): `index`, `slots`, and `source`, where record i starts at
-    source + places[i] * record_bytes. `keys`, `owners`, `places` int64 [n]; `mark` 1 for records
-    that are wanted soon, else 0. Adds to `counts` (ADMITTED, EVICTED).
+    Addresses (int64): `index`, `slots` and `ghosts` of the arena, and `source`, where record i starts
+    at source + places[i] * record_bytes. `keys`, `owners`, `places` int64 [n]; `wanted_soon` 1 for
+    records that a hint asked for, else 0. Adds to `counts` (ADMITTED, EVICTED).
     """
     for i in range(keys.size):
-        record = source + places[i] * record_bytes
-        admit_one(
-            index, slots, sets, slot_bytes, record_bytes, keys[i], owners[i], record, mark, counts
+        admit_record(
+            index, slots, ghosts, sets, slot_bytes, record_bytes, keys[i], owners[i],
+            source + places[i] * record_bytes, SMALL | WANTED * wanted_soon, counts,
         )  # fmt: skip
 
 
@@ -120,28 +117,31 @@ def empty_set(line):
     store_word(line + SEQUENCE_AT, sequence + 1)
     fence_release()
     zero_bytes(line + TAGS_AT, 2 * WAYS)
-    zero_bytes(line + VISITED_AT, WAYS)
+    zero_bytes(line + STATES_AT, WAYS)
     store_release(line + SEQUENCE_AT, sequence + 2)
 
 
 @kernel
-def move_sets(old_index, old_slots, old_slot_bytes, first, last, index, slots, sets, record_bytes, counts):
+def move_sets(
+    old_index, old_slots, old_slot_bytes, first, last, index, slots, ghosts, sets, record_bytes, counts
+):
     """Move the records of sets [first, last) of one arena into another, and empty those sets.
 
-    Addresses (int64) of both arenas; slots have the same size. Which set a record belongs to rises with its
-    hash in both, so moving sets in order fills the other arena in order. Adds to `counts`.
+    Addresses (int64) of both arenas; slots have the same size. Which set a record belongs to rises
+    with its hash in both, so moving sets in order fills the other arena in order. Records keep their
+    queue, their reads and their order of arrival; ghosts stay behind. Adds to `counts`.
     """
     for which in range(first, last):
         line = old_index + which * LINE_BYTES
         set_slots = old_slots + which * WAYS * old_slot_bytes
         empty_if_abandoned(line)
-        for way in range(WAYS):
-            if load_half(line + TAGS_AT + 2 * way) != 0:
+        for step in range(WAYS * WAYS):  # the ways in order of arrival
+            way = step % WAYS
+            state = load_byte(line + STATES_AT + way)
+            if state >> PLACE_SHIFT == step // WAYS and load_half(line + TAGS_AT + 2 * way) != 0:
                 slot = set_slots + way * old_slot_bytes
-                key, owner = load_word(slot + KEY_AT), load_word(slot + OWNER_AT)
-                mark = load_byte(line + VISITED_AT + way)
-                record = slot + RECORD_AT
-                admit_one(
-                    index, slots, sets, old_slot_bytes, record_bytes, key, owner, record, mark, counts
+                admit_record(
+                    index, slots, ghosts, sets, old_slot_bytes, record_bytes, load_word(slot + KEY_AT),
+                    load_word(slot + OWNER_AT), slot + RECORD_AT, state & (QUEUE_MASK | WANTED), counts,
                 )  # fmt: skip
         empty_set(line)

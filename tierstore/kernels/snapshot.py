@@ -1,6 +1,8 @@
 """Copying an arena's records out and in, whole sets at a time.
 
 entry    int64 key, int64 owner | mark << 62, record, padding: as long as a slot of the arena
+
+The mark is 1 for a record that was read again since it came; written back, it is in the main queue.
 """
 
 from __future__ import annotations
@@ -18,16 +20,19 @@ from engram_client.arena.atomics import (
 from engram_client.arena.layout import (
     KEY_AT,
     LINE_BYTES,
+    MAIN,
     OWNER_AT,
+    QUEUE_MASK,
     RECORD_AT,
     SEQUENCE_AT,
+    SMALL,
+    STATES_AT,
     TAGS_AT,
-    VISITED_AT,
     WAYS,
 )
 from engram_client.arena.read import TRIES
 from engram_client.jit import inline_kernel, kernel
-from tierstore.kernels.admit import admit_one
+from tierstore.kernels.admit import admit_record
 
 MARK_SHIFT = 62
 OWNER_MASK = (1 << MARK_SHIFT) - 1
@@ -43,7 +48,7 @@ def copy_set(line, set_slots, slot_bytes, target):
             if load_half(line + TAGS_AT + 2 * way) != 0:
                 entry = target + count * slot_bytes
                 copy_bytes(entry, set_slots + way * slot_bytes, slot_bytes)
-                mark = 1 if load_byte(line + VISITED_AT + way) else 0
+                mark = 1 if load_byte(line + STATES_AT + way) & QUEUE_MASK != SMALL else 0
                 store_word(entry + OWNER_AT, load_word(entry + OWNER_AT) | (mark << MARK_SHIFT))
                 count += 1
         fence_acquire()
@@ -71,7 +76,7 @@ def copy_sets_out(index, slots, sets, slot_bytes, first, target, entries_max):
 
 
 @kernel
-def admit_entries(index, slots, sets, slot_bytes, record_bytes, source, entries, owners, counts):
+def admit_entries(index, slots, ghosts, sets, slot_bytes, record_bytes, source, entries, owners, counts):
     """Write entries back into an arena; the caller holds its lock.
 
     `owners` int64 [n, 2]: owners as they were written, ascending, and as they are now. Entries of
@@ -82,9 +87,8 @@ def admit_entries(index, slots, sets, slot_bytes, record_bytes, source, entries,
         word = load_word(entry + OWNER_AT)
         for j in range(len(owners)):
             if owners[j, 0] == word & OWNER_MASK:
-                key, mark = load_word(entry + KEY_AT), (word >> MARK_SHIFT) & 1
-                record = entry + RECORD_AT
-                admit_one(
-                    index, slots, sets, slot_bytes, record_bytes, key, owners[j, 1], record, mark, counts
+                admit_record(
+                    index, slots, ghosts, sets, slot_bytes, record_bytes, load_word(entry + KEY_AT),
+                    owners[j, 1], entry + RECORD_AT, MAIN if word >> MARK_SHIFT & 1 else SMALL, counts,
                 )  # fmt: skip
                 break

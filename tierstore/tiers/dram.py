@@ -80,7 +80,7 @@ class Arena:
             region = self._region
             record_bytes = region.geometry.record_bytes
             admit_records(
-                *region.places, record_bytes, keys, owners, source, places, int(wanted_soon), counts
+                *region.writer_places, record_bytes, keys, owners, source, places, int(wanted_soon), counts
             )
             self._note(counts)
         self._counters.add(records_admitted=counts[ADMITTED], records_evicted=counts[EVICTED])
@@ -117,7 +117,7 @@ class Arena:
             last = min(first + step, old.geometry.sets)
             with self._writing:
                 source = (old.index, old.slots, old.geometry.slot_bytes, first, last)
-                target = (new.index, new.slots, new.geometry.sets, new.geometry.record_bytes)
+                target = (new.index, new.slots, new.ghosts, new.geometry.sets, new.geometry.record_bytes)
                 counts[:] = 0
                 move_sets(*source, *target, counts)
                 self._note(counts)
@@ -140,7 +140,9 @@ class Arena:
         counts = np.zeros(2, np.int64)
         with self._writing:
             region = self._region
-            admit_entries(*region.places, region.geometry.record_bytes, source, entries, owners, counts)
+            admit_entries(
+                *region.writer_places, region.geometry.record_bytes, source, entries, owners, counts
+            )
             self._note(counts)
         self._counters.add(records_restored=counts[ADMITTED], records_evicted=counts[EVICTED])
 

@@ -1,4 +1,4 @@
-"""The memory of one arena: a memfd, index first, slots behind it, in huge pages where they can be had.
+"""The memory of one arena: a memfd with index, slots and ghosts, in huge pages where they can be had.
 
 A memfd can be handed to other processes, which anonymous memory cannot. It is born readable and writable
 for everybody, so it is made the owner's alone. Shared memory gets no huge pages by itself on most
@@ -43,7 +43,9 @@ class Region:
         self._bytes = np.asarray(self._map)
         self.index = self._map.address
         self.slots = self.index + geometry.index_bytes
+        self.ghosts = self.index + geometry.ghosts_at
         self.places = (self.index, self.slots, geometry.sets, geometry.slot_bytes)
+        self.writer_places = (self.index, self.slots, self.ghosts, geometry.sets, geometry.slot_bytes)
 
     def collapse(self, stop: threading.Event) -> None:
         """Gather the memory in huge pages, until done or told to stop.
