@@ -11,6 +11,8 @@ overlap throw their copy away. Writers of one arena must hold its lock.
 
 from __future__ import annotations
 
+import numpy as np
+
 from engram_client.arena.atomics import (
     copy_bytes,
     fence_release,
@@ -81,8 +83,11 @@ def write_record(line, slot, way, tag, key, owner, source, record_bytes, mark):
 
 
 @inline_kernel
-def admit_one(index, slots, sets, slot_bytes, record_bytes, key, owner, source, mark, counts):
-    """Write one record into its set, unless it is there already."""
+def admit_one(index, slots, sets, slot_bytes, record_bytes, key, owner, source, mark, counts, left):
+    """Write one record into its set, unless it is there already; True where another had to leave.
+
+    That one's slot is copied to address `left` first, unless it is 0.
+    """
     h = mix(key, owner)
     which = set_of(h, sets)
     tag = tag_of(h)
@@ -90,12 +95,16 @@ def admit_one(index, slots, sets, slot_bytes, record_bytes, key, owner, source, 
     set_slots = slots + which * WAYS * slot_bytes
     empty_if_abandoned(line)
     if find_way(line, set_slots, slot_bytes, tag, key, owner) >= 0:
-        return
+        return False
     way = choose_way(line)
+    slot = set_slots + way * slot_bytes
+    evicts = load_half(line + TAGS_AT + 2 * way) != 0
+    if evicts and left != 0:
+        copy_bytes(left, slot, slot_bytes)
+    write_record(line, slot, way, tag, key, owner, source, record_bytes, mark)
     counts[ADMITTED] += 1
-    if load_half(line + TAGS_AT + 2 * way) != 0:
-        counts[EVICTED] += 1
-    write_record(line, set_slots + way * slot_bytes, way, tag, key, owner, source, record_bytes, mark)
+    counts[EVICTED] += 1 if evicts else 0
+    return evicts
 
 
 @kernel
@@ -109,8 +118,30 @@ def admit_records(index, slots, sets, slot_bytes, record_bytes, keys, owners, so
     for i in range(keys.size):
         record = source + places[i] * record_bytes
         admit_one(
-            index, slots, sets, slot_bytes, record_bytes, keys[i], owners[i], record, mark, counts
+            index, slots, sets, slot_bytes, record_bytes, keys[i], owners[i], record, mark, counts, 0
         )  # fmt: skip
+
+
+@kernel
+def exchange_records(
+    index, slots, sets, slot_bytes, record_bytes, keys, owners, source, places, mark, counts
+):
+    """As `admit_records`; a record that had to leave takes the place of the one it left for.
+
+    Its key and owner go into `keys` and `owners`, its bytes to that record's place. Where nothing left,
+    the key becomes -1.
+    """
+    left = np.empty(slot_bytes, np.uint8)
+    for i in range(keys.size):
+        at = np.int64(left.ctypes.data)  # here, so that `left` lives as long as the loop
+        record = source + places[i] * record_bytes
+        if admit_one(
+            index, slots, sets, slot_bytes, record_bytes, keys[i], owners[i], record, mark, counts, at
+        ):  # fmt: skip
+            keys[i], owners[i] = load_word(at + KEY_AT), load_word(at + OWNER_AT)
+            copy_bytes(record, at + RECORD_AT, record_bytes)
+        else:
+            keys[i] = -1
 
 
 @inline_kernel
@@ -142,6 +173,6 @@ def move_sets(old_index, old_slots, old_slot_bytes, first, last, index, slots, s
                 mark = load_byte(line + VISITED_AT + way)
                 record = slot + RECORD_AT
                 admit_one(
-                    index, slots, sets, old_slot_bytes, record_bytes, key, owner, record, mark, counts
+                    index, slots, sets, old_slot_bytes, record_bytes, key, owner, record, mark, counts, 0
                 )  # fmt: skip
         empty_set(line)

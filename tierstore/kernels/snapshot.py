@@ -85,6 +85,6 @@ def admit_entries(index, slots, sets, slot_bytes, record_bytes, source, entries,
                 key, mark = load_word(entry + KEY_AT), (word >> MARK_SHIFT) & 1
                 record = entry + RECORD_AT
                 admit_one(
-                    index, slots, sets, slot_bytes, record_bytes, key, owners[j, 1], record, mark, counts
+                    index, slots, sets, slot_bytes, record_bytes, key, owners[j, 1], record, mark, counts, 0
                 )  # fmt: skip
                 break
