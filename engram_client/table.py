@@ -54,6 +54,7 @@ class Table:
         self._transport = transport
         self._prefetcher = prefetcher
         self._client = client
+        self._hit_path = transport.hit_path(spec)
 
     def __repr__(self) -> str:
         return f"Table({self.spec.name!r}, generation={self.spec.generation!r})"
@@ -69,6 +70,10 @@ class Table:
         self, ngram_keys: Any, *, heads: slice | None = None, timeout: float | None = DEFAULT_TIMEOUT_S
     ) -> Array:
         """Rows of n-gram keys [..., orders]: uint8 [..., H, row_bytes], H = orders * heads."""
+        if self._hit_path is not None and heads is None and type(ngram_keys) is np.ndarray:
+            rows = self._hit_path(ngram_keys)
+            if rows is not None:
+                return rows
         return like(self._read(self._by_ngrams(ngram_keys, heads), timeout), ngram_keys)
 
     def lookup_heads(

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.0005  # the daemon's own: short waits for the GIL between its few threads
 FORCED_EXIT = 130
-LEAVE_TIMEOUT_S = 5.0  # for reads that outlived the draining
+LEAVE_TIMEOUT_S = 2.0  # for reads that outlived the draining
 
 
 def run_daemon(directory: Path, config: Config, ready: Callable[[list[str]], None]) -> None:

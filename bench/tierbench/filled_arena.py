@@ -70,6 +70,7 @@ def filled_arena(budget_bytes: int, record_bytes: int, orders: int, share: float
     for start in range(0, groups, CHUNK):
         part = keys[start : start + CHUNK].reshape(-1)
         arena.admit(part, owners[: part.size], pool.ctypes.data, part % POOL, wanted_soon=False)
+    arena.settle()
     totals = counters.snapshot()
     fill = (totals["records_admitted"] - totals["records_evicted"]) / arena.geometry.capacity_records
     whole = np.ones(keys.size, bool)

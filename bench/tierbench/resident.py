@@ -6,6 +6,8 @@ import mmap
 
 import numpy as np
 
+HUGE_PAGE_LINES = ("AnonHugePages:", "ShmemPmdMapped:")
+
 
 def resident_rows(rows: int, row_bytes: int, seed: int) -> np.ndarray:
     """A table wholly in memory, uint8 [rows, row_bytes], every page of it touched."""
@@ -20,7 +22,7 @@ def resident_rows(rows: int, row_bytes: int, seed: int) -> np.ndarray:
 
 
 def huge_page_bytes() -> int:
-    """Of this process's anonymous memory, how much lies on huge pages now."""
+    """Of this process's memory, shared memory included, how much lies on huge pages now."""
     with open("/proc/self/smaps_rollup", encoding="ascii") as lines:
-        kib = next((int(line.split()[1]) for line in lines if line.startswith("AnonHugePages:")), 0)
+        kib = sum(int(line.split()[1]) for line in lines if line.startswith(HUGE_PAGE_LINES))
     return kib * 1024

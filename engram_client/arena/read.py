@@ -2,8 +2,9 @@
 
 A look-up of one record touches three places that depend on each other: the index line, the slot's
 header, the rest of the record. Done one record at a time, each waits for memory. So entries go
-through in blocks of 16 and three passes: ask for all index lines, match tags and ask for all
-slots, then compare keys and copy. By the time a pass needs a line it is on its way.
+through in blocks of 16 and three passes: ask for all index lines, match tags and ask for the head of
+every slot, then compare keys and copy, asking for the rest of a record four records ahead. By the
+time a pass needs a line it is on its way, and never more lines are than the processor can track.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from engram_client.jit import inline_kernel, kernel
 
 BLOCK = 16
 TRIES = 8  # reads of a set that a writer keeps changing, before the record counts as a miss
-PREFETCHED_BYTES = 256  # of a slot; the processor's own prefetcher takes the rest
+CACHE_LINE_BYTES = 64
+HEAD_BYTES = 320  # of a slot, asked for by the second pass: a whole row of 264 bytes
+AHEAD = 4  # records, for what lies behind the head
 
 MASKED, MISSED = 0, 1  # places in the counts array
 
@@ -101,6 +104,13 @@ def copy_if_present(line, set_slots, slot_bytes, tag, key, owner, part_at, part_
     return False
 
 
+@inline_kernel
+def prefetch_range(address, first, last):
+    """Ask for the cache lines of bytes [first, last) behind an address."""
+    for at in range(first, last, CACHE_LINE_BYTES):
+        prefetch_line(address + at)
+
+
 @kernel
 def read_records(
     index, slots, sets, slot_bytes, keys, owner, orders, part_at, part_bytes, out, misses, counts
@@ -115,6 +125,8 @@ def read_records(
     lines = np.empty(BLOCK, np.int64)
     places = np.empty(BLOCK, np.int64)
     tags = np.empty(BLOCK, np.int64)
+    likely = np.empty(BLOCK, np.int64)  # the slot with the right tag, or 0
+    part_end = part_at + part_bytes + RECORD_AT
     missed = masked = 0
     for start in range(0, keys.size, BLOCK):
         count = min(BLOCK, keys.size - start)
@@ -127,13 +139,14 @@ def read_records(
             prefetch_line(lines[j])
         for j in range(count):
             way = first_tag(lines[j], tags[j])
+            likely[j] = places[j] + way * slot_bytes if way >= 0 else 0
             if way >= 0:
-                slot = places[j] + way * slot_bytes
-                prefetch_line(slot)
-                for at in range(64, min(PREFETCHED_BYTES, part_bytes), 64):
-                    prefetch_line(slot + part_at + at)
+                prefetch_line(likely[j])
+                prefetch_range(likely[j] + part_at, CACHE_LINE_BYTES, min(HEAD_BYTES, part_end - part_at))
         for j in range(count):
             i = start + j
+            if j + AHEAD < count and likely[j + AHEAD]:
+                prefetch_range(likely[j + AHEAD] + part_at, HEAD_BYTES, part_end - part_at)
             target = out + i * part_bytes
             if keys[i] == -1:
                 zero_bytes(target, part_bytes)

@@ -6,6 +6,7 @@ split requests for the caller, or know about tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -29,6 +30,9 @@ class LookupRequest:
     heads: tuple[int, int] | None = None
 
 
+HitPath = Callable[[np.ndarray], np.ndarray | None]
+
+
 class Transport(Protocol):
     """Where rows come from. Thread safe; every error is an engram_client.errors class."""
 
@@ -43,6 +47,13 @@ class Transport(Protocol):
 
         Either all of `out` is right when this returns, or an error is raised and its content is
         undefined.
+        """
+
+    def hit_path(self, spec: TableSpec) -> HitPath | None:
+        """A shorter way than `lookup` to whole records, where there is one.
+
+        Called with n-gram keys it returns rows uint8 [..., H, row_bytes], or None for whatever it cannot
+        answer whole.
         """
 
     def prefetch(self, request: LookupRequest) -> bool:

@@ -110,6 +110,9 @@ class GrpcTransport:
         reply = self._control(lambda calls: calls.set_budgets, message, RESIZE_TIMEOUT_S)
         return int(reply.dram_budget_bytes)
 
+    def hit_path(self, spec: TableSpec) -> None:
+        """Every look-up is a call."""
+
     def prefetch(self, request: LookupRequest) -> bool:
         per_entry = max(1, request.ids.size // max(1, request.ids.shape[0]))
         accepted = True

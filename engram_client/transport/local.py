@@ -9,7 +9,7 @@ import numpy as np
 
 from engram_client.errors import Cancelled, Unavailable
 from engram_client.spec import TableSpec
-from engram_client.transport.base import LookupRequest
+from engram_client.transport.base import HitPath, LookupRequest
 
 
 class LocalTransport:
@@ -43,6 +43,12 @@ class LocalTransport:
 
     def lookup(self, request: LookupRequest, out: np.ndarray, timeout_s: float | None) -> None:
         self._store.lookup(request, out, timeout_s)
+
+    def hit_path(self, spec: TableSpec) -> HitPath | None:
+        path: HitPath | None = self._store.hit_path(spec.name, spec.generation)
+        if path is None:
+            return None
+        return lambda keys: None if self._closed else path(keys)
 
     def prefetch(self, request: LookupRequest) -> bool:
         return bool(self._store.prefetch(request))

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.stores import PackedStore, opened
+from tests.support.stores import PackedStore, open_simulated
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 60.0
@@ -124,30 +124,34 @@ def serve_simulated() -> None:
 
     Understands "hold" (no read starts), "wait N" (until N reads are held back) and "release".
     """
+    import logging
     import threading
 
     from tierstore.config import load_config
     from tierstore.daemon import run_daemon
 
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO)
     directory, flags = Path(sys.argv[1]), json.loads(sys.argv[2])
     config = load_config(file=None, environ={}, flags=flags).config
-    with opened(directory, config) as made:
+    device, release = open_simulated(directory, config)
 
-        def obey() -> None:
-            held = made.device.held()
-            for line in sys.stdin:
-                verb, _, count = line.strip().partition(" ")
-                if verb == "hold":
-                    held = made.device.held()
-                    held.__enter__()
-                elif verb == "release":
-                    held.__exit__(None, None, None)
-                elif verb == "wait":
-                    made.device.wait_for_readers(int(count))
-                print(f"done {line.strip()}", flush=True)
+    def obey() -> None:
+        for line in sys.stdin:
+            verb, _, count = line.strip().partition(" ")
+            if verb == "hold":
+                device.hold()
+            elif verb == "release":
+                device.let_go()
+            elif verb == "wait":
+                device.wait_for_readers(int(count))
+            print(f"done {line.strip()}", flush=True)
 
-        threading.Thread(target=obey, daemon=True).start()
-        run_daemon(directory, config, lambda addresses: print(json.dumps({"serving": addresses}), flush=True))
+    def ready(addresses: list[str]) -> None:
+        release()  # from here on the daemon alone holds the store
+        print(json.dumps({"serving": addresses}), flush=True)
+
+    threading.Thread(target=obey, daemon=True).start()
+    run_daemon(directory, config, ready)
 
 
 @pytest.fixture(scope="session")

@@ -47,13 +47,13 @@ class Oracle:
              for size, first in heads]
             for record in flat
         ]  # fmt: skip
-        return np.array(ids, np.int64).reshape(*np.shape(keys)[:-1], -1)
+        return np.array(ids, np.int64).reshape(*np.shape(keys)[:-1], self.orders * len(self.heads[0]))
 
     def lookup_ngrams(self, keys: Any, heads: slice = slice(None)) -> np.ndarray:
         """uint8 [..., H, row_bytes]."""
         ids = self.row_ids(keys)
-        by_order = ids.reshape(*ids.shape[:-1], self.orders, -1)[..., heads]
-        return self.lookup(by_order.reshape(*ids.shape[:-1], -1))
+        by_order = ids.reshape(*ids.shape[:-1], self.orders, len(self.heads[0]))[..., heads]
+        return self.lookup(by_order.reshape(*ids.shape[:-1], self.orders * by_order.shape[-1]))
 
 
 def tensor_bytes(folder: Path, name: str) -> np.ndarray:

@@ -25,15 +25,16 @@ from tierstore.store.store import configured_reader
 from tierstore.testing.device import Faults, SimulatedDevice
 
 V41 = "v41"  # records of 8 rows of 264 bytes, 3 orders
-V41_ROWS = "v41-rows"  # the same kind of table, addressed by rows
+V41_14 = "v41-14"  # another of these: their records share an arena
+V41_ROWS = "v41-rows"  # the same rows, addressed by rows
 PLE = "ple"  # records of 8 rows of 160 bytes, 2 orders; padded
 DEMO = "demo"  # heads so small that row ids do not determine a key: addressed by rows
 PLAIN = "plain"  # no hash scheme, rows of 24 bytes
 LARGE = "large"  # rows of 10,000 bytes, three pages each
-RECORD_TABLES = (V41, PLE)
-SCHEME_TABLES = (V41, V41_ROWS, PLE, DEMO)
+RECORD_TABLES = (V41, V41_14, PLE)
+SCHEME_TABLES = (V41, V41_14, V41_ROWS, PLE, DEMO)
 ROW_TABLES = (V41_ROWS, DEMO, PLAIN, LARGE)
-ALL_TABLES = (V41, V41_ROWS, PLE, DEMO, PLAIN, LARGE)
+ALL_TABLES = (V41, V41_14, V41_ROWS, PLE, DEMO, PLAIN, LARGE)
 WORDS = {"[UNK]": 0, "apple": 1, "Apple": 2, "pear": 3}  # folds to 3
 
 
@@ -81,6 +82,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedStore:
     layout = _plain_checkpoint(folder)
     for source, options in (
         (v41, PackOptions(name=V41, layers=(1,))),
+        (v41, PackOptions(name=V41_14, layers=(14,))),
         (v41, PackOptions(name=V41_ROWS, layers=(14,), addressing="row")),
         (ple, PackOptions(name=PLE)),
         (demo, PackOptions(name=DEMO, layers=(15,))),
@@ -89,6 +91,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedStore:
         pack(source, store, options, notify=lambda text: None, on_progress=lambda progress: None)
     oracles = {
         V41: v41_oracle(v41, 1),
+        V41_14: v41_oracle(v41, 14),
         V41_ROWS: v41_oracle(v41, 14),
         PLE: ple_oracle(ple, 1),
         DEMO: demo_oracle(demo, 15),
@@ -142,18 +145,29 @@ class Device:
 @contextmanager
 def opened(directory: Path, config: Config | None = None, faults: Faults | None = None) -> Iterator[Device]:
     """Open a store over a simulated device; `connect("local:...")` meanwhile shares it."""
+    config = config or small_config()
+    device, release = open_simulated(directory, config, faults)
+    store, release_too = open_store(directory, config)
+    try:
+        yield Device(store, device, directory)
+    finally:
+        device.heal()
+        release()
+        release_too()
+
+
+def open_simulated(
+    directory: Path, config: Config, faults: Faults | None = None
+) -> tuple[SimulatedDevice, Callable[[], None]]:
+    """Have the store of `directory` read through a simulated device, for whoever opens it until released."""
     made: list[SimulatedDevice] = []
 
     def make_reader(config: Config) -> SimulatedDevice:
         made.append(SimulatedDevice(configured_reader(config), faults, seed=1))
         return made[0]
 
-    store, release = open_store(directory, config or small_config(), make_reader=make_reader)
-    try:
-        yield Device(store, made[0], directory)
-    finally:
-        made[0].heal()
-        release()
+    _, release = open_store(directory, config, make_reader=make_reader)
+    return made[0], release
 
 
 @pytest.fixture

@@ -68,6 +68,8 @@ class Server:
             )
         if not Path(path).parent.is_dir():
             raise ConfigError(f"$.serve.unix: there is no directory {Path(path).parent}; create it first")
+        if Path(path).exists() and not Path(path).is_socket():
+            raise ConfigError(f"$.serve.unix: {path} exists and is not a socket; choose another path")
         if _somebody_listens(path):
             raise ConfigError(
                 f"$.serve.unix: another process serves on {path}; stop it, or choose another path"
@@ -79,13 +81,15 @@ class Server:
         self.addresses.append(f"unix:{path}")
 
     def _bind_tcp(self, address: str) -> None:
-        host = address.rpartition(":")[0]
+        host, _, number = address.rpartition(":")
         try:
+            _try_to_bind(host.strip("[]"), int(number))
             port = self._server.add_insecure_port(address)
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"$.serve.tcp: cannot serve on {address}: the port is in use or the address is not "
-                f"this machine's ({error}); choose another, or port 0 for any free one"
+                f"$.serve.tcp: cannot serve on {address}: {reason}; choose another address, "
+                "or port 0 for any free port"
             ) from error
         self.addresses.append(f"tcp://{host}:{port}")
 
@@ -114,3 +118,17 @@ def _somebody_listens(path: str) -> bool:
         except OSError:
             return False
         return True
+
+
+def _try_to_bind(host: str, port: int) -> None:
+    """Raises OSError where nobody could listen there; gRPC would write its own lines about that."""
+    failures = []
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+                return
+            except OSError as error:
+                failures.append(error)
+    raise failures[0]

@@ -28,6 +28,7 @@ from tierstore.devices.opening import open_reader
 from tierstore.store.fill import Filler, read_scattered
 from tierstore.store.gate import Gate
 from tierstore.store.hints import HintQueue
+from tierstore.store.hit_path import HitPath
 from tierstore.store.in_flight import InFlight
 from tierstore.store.lock import acquire_store_lock
 from tierstore.store.opening import open_tables
@@ -161,6 +162,16 @@ class Store:
         access, misses = self.lookup_hits(request, out)
         if misses.size:
             self.lookup_misses(request, access, misses, out, deadline)
+
+    def hit_path(self, name: str, generation: str) -> HitPath | None:
+        """The shortest way to this table's records; None where it has none or nothing is cached."""
+        table = self.table(name)
+        spec = table.spec
+        arena = self._dram.arena(spec.record_bytes)
+        if spec.addressing != "record" or spec.generation != generation or arena is None:
+            return None
+        keys_max = self.config.limits.lookup_bytes_max // spec.record_bytes
+        return HitPath(self._gate, table, arena, self.counters, keys_max)
 
     def lookup_hits(self, request: LookupRequest, out: np.ndarray) -> tuple[Access, np.ndarray]:
         """The part of `lookup` that never waits: fill what DRAM holds, return what is missing."""

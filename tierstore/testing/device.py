@@ -75,14 +75,22 @@ class SimulatedDevice:
     @contextmanager
     def held(self) -> Iterator[None]:
         """No read starts before this block is left; those that come wait, up to their deadline."""
-        with self._changing:
-            self._held = True
+        self.hold()
         try:
             yield
         finally:
-            with self._changing:
-                self._held = False
-                self._changing.notify_all()
+            self.let_go()
+
+    def hold(self) -> None:
+        """Let no read start until `let_go`."""
+        with self._changing:
+            self._held = True
+
+    def let_go(self) -> None:
+        """Let the reads that were held back start."""
+        with self._changing:
+            self._held = False
+            self._changing.notify_all()
 
     def wait_for_readers(self, count: int, timeout_s: float = 30.0) -> None:
         """Return once so many reads are held back."""

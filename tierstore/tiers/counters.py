@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
+
 # Record = what one key names (all heads of an n-gram, or one row). Every counter is a total since
 # the store was opened; README, "Reading the numbers", says how to read them.
 NAMES = (
@@ -50,6 +52,7 @@ class Counters:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._totals = dict.fromkeys(NAMES, 0)
+        self.hit_totals = np.zeros(3, np.int64)  # look-ups, keys, masked: kernels add to these without a lock
 
     def add(self, **amounts: int) -> None:
         with self._lock:
@@ -59,7 +62,14 @@ class Counters:
     def reset(self) -> None:
         with self._lock:
             self._totals = dict.fromkeys(NAMES, 0)
+            self.hit_totals[:] = 0
 
     def snapshot(self) -> dict[str, int]:
         with self._lock:
-            return dict(self._totals)
+            totals = dict(self._totals)
+        lookups, keys, masked = self.hit_totals.tolist()
+        totals["lookups"] += lookups
+        totals["keys"] += keys
+        totals["masked"] += masked
+        totals["dram_hits"] += keys - masked
+        return totals

@@ -44,6 +44,11 @@ class Arena:
     def geometry(self) -> ArenaGeometry:
         return self._region.geometry
 
+    def settled_region(self) -> Region | None:
+        """Where all records are, to be kept while it is read by address; None while they move."""
+        region = self._region
+        return region if self._old is None else None
+
     def read(
         self,
         keys: np.ndarray,

@@ -8,6 +8,7 @@ costs about two seconds a GiB and makes look-ups 1.2 to 1.5 times as fast.
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
@@ -16,12 +17,13 @@ import threading
 import numpy as np
 
 from engram_client.arena.layout import WAYS, ArenaGeometry
+from tierstore.tiers.mapping import HUGE_PAGE_BYTES, SharedMapping
 
 log = logging.getLogger(__name__)
 
 MADV_COLLAPSE = 25  # Linux 6.1; Python 3.11 has no name for it
-HUGE_PAGE_BYTES = 2 << 20
 COLLAPSE_BYTES = 16 << 20  # a call; short enough to stop soon when the region is dropped
+COLLAPSE_TRIES, COLLAPSE_PAUSE_S = 10, 0.02  # of a piece that is being written
 _said_no_huge_pages = threading.Event()
 
 
@@ -35,24 +37,39 @@ class Region:
         try:
             os.fchmod(fd, 0o600)
             os.ftruncate(fd, size)
-            self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED)
+            self._map = SharedMapping(fd, size)
         finally:
             os.close(fd)
-        self._bytes = np.frombuffer(self._map, np.uint8)
-        self.index = int(self._bytes.ctypes.data)
+        self._bytes = np.asarray(self._map)
+        self.index = self._map.address
         self.slots = self.index + geometry.index_bytes
         self.places = (self.index, self.slots, geometry.sets, geometry.slot_bytes)
 
     def collapse(self, stop: threading.Event) -> None:
-        """Gather the memory in huge pages, until done, refused, or told to stop."""
-        for start in range(0, len(self._map), COLLAPSE_BYTES):
+        """Gather the memory in huge pages, until done or told to stop.
+
+        A piece is refused where nothing was written yet (EINVAL; what is written in it is gathered all the
+        same) and while it is being written (EAGAIN), so one refusal says nothing of the others.
+        """
+        pieces = range(0, self._map.size_bytes, COLLAPSE_BYTES)
+        refusals = [error for start in pieces if (error := self._collapse_piece(start, stop))]
+        if len(refusals) == len(pieces) and not stop.is_set():
+            _say_no_huge_pages(refusals[0])
+
+    def _collapse_piece(self, start: int, stop: threading.Event) -> OSError | None:
+        refusal = None
+        for _ in range(COLLAPSE_TRIES):
             if stop.is_set():
-                return
+                break
             try:
-                self._map.madvise(MADV_COLLAPSE, start, min(COLLAPSE_BYTES, len(self._map) - start))
+                self._map.madvise(MADV_COLLAPSE, start, min(COLLAPSE_BYTES, self._map.size_bytes - start))
+                return None
             except OSError as error:
-                _say_no_huge_pages(error)
-                return
+                refusal = error
+                if error.errno != errno.EAGAIN:
+                    break
+            stop.wait(COLLAPSE_PAUSE_S)
+        return refusal
 
     def free_slots_of(self, first_set: int, sets: int) -> None:
         """Give the memory of these sets' slots back; the sets must have been emptied."""

@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     prepared = prepared_table(args.dir, args.rows_per_head)
     rows = max(1, int(args.arena_bytes * args.fill) // ROW_BYTES)
     resident = resident_rows(rows, ROW_BYTES, args.seed)
+    resident_huge_page_bytes = huge_page_bytes()
     results: dict[str, Any] = {"resident_bytes": resident.nbytes, "rows_a_batch": args.tokens * ROWS_A_TOKEN}
     results["records"] = _arena(args, resident, HEADS * ROW_BYTES, RECORDS_A_TOKEN, HEADS)
     results["rows"] = _arena(args, resident, ROW_BYTES, 1, 1)
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         results["api"] = _api(args, resident, warm)
     finally:
         warm.close()
-    results["huge_page_bytes"] = huge_page_bytes()
+    results["resident_huge_page_bytes"] = resident_huge_page_bytes
     return deliver("lookup", args, results, _lines(results))
 
 
@@ -82,7 +83,9 @@ def _arena(
         window_s=args.window_s,
         label=f"records of {record_bytes} bytes",
     )
-    return {**arena_figures(filled), "batch": found, "token": _token(args, resident, filled, rows_per_record)}
+    token = _token(args, resident, filled, rows_per_record)
+    filled.arena.close()
+    return {**arena_figures(filled), "huge_page_bytes": huge_page_bytes(), "batch": found, "token": token}
 
 
 def _token(

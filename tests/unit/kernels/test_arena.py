@@ -188,13 +188,15 @@ def test_resizing_while_reading_and_admitting_is_never_wrong():
     resizer = threading.Thread(target=resize)
     resizer.start()
     expected, hits = content(keys), 0
-    while not done.is_set():
+    while True:
+        last = done.is_set()
         admit(arena, keys)
         rows, missing, _ = read(arena, keys)
         found = np.setdiff1d(np.arange(keys.size), sorted(missing))
         np.testing.assert_array_equal(rows[found], expected[found])
         hits += found.size
-    resizer.join()
+        if last:
+            break
     assert hits > 0
 
 
@@ -228,3 +230,31 @@ def test_arena_memory_belongs_to_its_user_alone():
 def _within(line: str, address: int) -> bool:
     low, high = (int(part, 16) for part in line.split()[0].split("-"))
     return low <= address < high
+
+
+def test_an_arena_that_fills_moves_to_huge_pages_or_says_it_cannot(caplog):
+    arena = Arena(32 << 20, 2112, Counters())
+    keys = np.arange(arena.geometry.capacity_records)
+    rows = np.zeros((keys.size, 2112), np.uint8)
+    arena.admit(keys, np.full(keys.size, OWNER), rows.ctypes.data, keys, wanted_soon=False)
+    arena.settle()
+    assert huge_bytes(arena) >= (16 << 20) or "stays in small pages" in caplog.text
+    assert not read_all_missing(arena, keys[:100])
+
+
+def huge_bytes(arena: Arena) -> int:
+    """From /proc/self/smaps: bytes of the arena's mapping in huge pages."""
+    inside = False
+    with open("/proc/self/smaps") as maps:
+        for line in maps:
+            if "-" in line.split()[0]:
+                inside = _within(line, arena._region.index)
+            elif inside and line.startswith("ShmemPmdMapped"):
+                return 1024 * int(line.split()[1])
+    return 0
+
+
+def read_all_missing(arena: Arena, keys: np.ndarray) -> bool:
+    out = np.ones((keys.size, 2112), np.uint8)
+    misses, _ = arena.read(keys, OWNER, 1, (0, 2112), out.ctypes.data)
+    return bool(misses.size == keys.size) or bool(np.delete(out, misses, axis=0).any())
