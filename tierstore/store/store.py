@@ -134,6 +134,7 @@ class Store:
                 self.lookup(LookupRequest(spec.name, spec.generation, address, ids), out)
             except StorageError as error:
                 log.error("table %r is damaged: %s", spec.name, error)
+        self._extents.warm_up()
         self.counters.reset()
 
     def tables(self) -> dict[str, TableSpec]:
@@ -297,6 +298,10 @@ class Store:
             self._extents.close()
             self._dram.close()
             self._close_files()
+
+    def flush_extents(self) -> None:
+        """Wait until all that DRAM dropped is in the record extents, or given up; for benchmarks."""
+        self._extents.flush()
 
     def disown_after_fork(self) -> None:
         """In a forked child: let go of the parent's files, above all of its lock."""

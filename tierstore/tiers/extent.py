@@ -23,7 +23,7 @@ from tierstore.config import Config, Nvme
 from tierstore.devices.base import PageReader, PageReadFailed
 from tierstore.format.geometry import PAGE_BYTES
 from tierstore.format.header import uuid_words
-from tierstore.kernels.extent import DAMAGED, FOREIGN, GOOD, UNASKED, UNREAD, take_entries
+from tierstore.kernels.extent import DAMAGED, FOREIGN, GOOD, UNASKED, UNREAD, pack_entries, take_entries
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.extent_file import open_extent, remove_other_extents, table_identities
 from tierstore.tiers.extent_index import ExtentIndex
@@ -145,6 +145,19 @@ class Extent:
         """Look for records; the index is asked at once, the rest is done by `read_windows`."""
         return ExtentRead(self, keys, owners, out, staging, deadline, hint)
 
+    def warm_up(self) -> None:
+        """Call the kernels with nothing."""
+        none, pages = np.zeros(0, np.int64), np.zeros((1, PAGE_BYTES // 8), np.uint64)
+        self.index.insert(none, 0, 0)
+        self.index.remove(none, none, none)
+        pack_entries(
+            pages.ctypes.data, 0, self.geometry.shape, none, none, self.identities, 0, none, none
+        )  # fmt: skip
+        take_entries(
+            pages, none, none, *uuid_words(self.file.uuid), none, none, none, self.geometry.shape,
+            none, none, self.identities, 0, np.zeros(0, np.uint8),
+        )  # fmt: skip
+
     def offer(self, keys: np.ndarray, owners: np.ndarray, source: int) -> None:
         """Keep records that DRAM does not; record i lies at address `source`, place i; key -1 is none."""
         half_way = self.writer.oldest + self.geometry.slots // 2
@@ -213,6 +226,11 @@ class ExtentTier:
     @property
     def index_bytes(self) -> int:
         return sum(e.index.total_bytes for e in self._extents.values())
+
+    def warm_up(self) -> None:
+        """Have every kernel compiled before it is needed; touches nothing."""
+        for extent in self._extents.values():
+            extent.warm_up()
 
     def flush(self) -> None:
         """Wait until all that was offered is written or dropped; for tests and benchmarks."""

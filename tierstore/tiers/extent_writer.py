@@ -28,7 +28,7 @@ from tierstore.tiers.extent_file import ExtentFile
 from tierstore.tiers.extent_index import ExtentIndex
 
 log = logging.getLogger(__name__)
-BUFFERS = 8
+BUFFERS = 32  # of a quarter of a MiB by default: large writes, and little that waits in a buffer half full
 Clock = Callable[[], float]
 
 
