@@ -27,7 +27,7 @@ from engram_client.spec import TableSpec
 from engram_client.transport.base import LookupRequest
 from tierbench.checkpoint import installed_tokenizer
 from tierbench.corpus import stdlib_text, tokenize_corpus
-from tierbench.delivery import add_common_arguments, deliver
+from tierbench.delivery import add_delivery_arguments, deliver
 from tierbench.prepared import PreparedTable, prepared_table
 from tierstore.config import Config, Dram, Extent
 from tierstore.store import Store, open_store
@@ -59,7 +59,8 @@ class Tally:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common_arguments(parser, windows=1, window_s=None)
+    add_delivery_arguments(parser)
+    parser.set_defaults(seed=None)  # nothing is drawn: the trace is the text
     add = parser.add_argument
     add("--rows-per-head", type=int, default=250_000, metavar="N", help="of the table (default: %(default)s)")
     add("--tokens-per-row", type=float, default=0.4, metavar="X",
