@@ -18,6 +18,10 @@ from tierstore.store import Store
 BUDGET = 256 << 20  # for all tables together
 
 
+def warm_config(budget_bytes: int, period_s: float = 600) -> Config:
+    return Config(dram=Dram(budget_bytes=budget_bytes, snapshot_period_s=period_s), nvme=small_config(0).nvme)
+
+
 def ask(store: Store, packed: PackedStore, folder: Path) -> None:
     oracle = packed.oracles[V41]
     keys = random_keys(oracle, 1500)
@@ -33,11 +37,11 @@ def pages_of_asking(made: Device, packed: PackedStore, folder: Path) -> int:
 
 def test_what_was_cached_is_cached_after_a_restart(packed: PackedStore, tmp_path: Path) -> None:
     folder = packed.copy_to(tmp_path)
-    with opened(folder, small_config(BUDGET)) as made:
+    with opened(folder, warm_config(BUDGET)) as made:
         assert pages_of_asking(made, packed, folder) > 0
         hits = made.store.stats()["dram_capacity_records"]
         assert hits > 4500
-    with opened(folder, small_config(BUDGET)) as made:
+    with opened(folder, warm_config(BUDGET)) as made:
         assert made.store.wait_warm(60)
         assert pages_of_asking(made, packed, folder) == 0
         stats = made.store.stats()
@@ -47,21 +51,21 @@ def test_what_was_cached_is_cached_after_a_restart(packed: PackedStore, tmp_path
 
 def test_another_budget_takes_what_fits(packed: PackedStore, tmp_path: Path) -> None:
     folder = packed.copy_to(tmp_path)
-    with opened(folder, small_config(BUDGET)) as made:
+    with opened(folder, warm_config(BUDGET)) as made:
         cold = pages_of_asking(made, packed, folder)
-    with opened(folder, small_config(BUDGET // 16)) as made:
+    with opened(folder, warm_config(BUDGET // 16)) as made:
         assert made.store.wait_warm(60)
         assert 0 < pages_of_asking(made, packed, folder) < cold
 
 
 def test_a_new_generation_starts_cold_and_right(packed: PackedStore, tmp_path: Path) -> None:
     folder = packed.copy_to(tmp_path)
-    with opened(folder, small_config(BUDGET)) as made:
+    with opened(folder, warm_config(BUDGET)) as made:
         ask(made.store, packed, folder)
     source = packed.directory.parent / "deepseek-v4.1"
     options = PackOptions(name=V41, layers=(1,), replace=True)
     pack(source, folder, options, notify=lambda text: None, on_progress=lambda progress: None)
-    with opened(folder, small_config(BUDGET)) as made:
+    with opened(folder, warm_config(BUDGET)) as made:
         assert made.store.wait_warm(60)
         assert pages_of_asking(made, packed, folder) > 0
         assert made.store.stats()["records_restored"] == 0
@@ -69,8 +73,7 @@ def test_a_new_generation_starts_cold_and_right(packed: PackedStore, tmp_path: P
 
 def test_period_zero_writes_nothing(packed: PackedStore, tmp_path: Path) -> None:
     folder = packed.copy_to(tmp_path)
-    config = Config(dram=Dram(budget_bytes=BUDGET, snapshot_period_s=0), nvme=small_config(0).nvme)
-    with opened(folder, config) as made:
+    with opened(folder, warm_config(BUDGET, period_s=0)) as made:
         ask(made.store, packed, folder)
     assert not (folder / "warm").exists()
 
@@ -80,7 +83,7 @@ def test_a_damaged_snapshot_is_a_cold_start(
     packed: PackedStore, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = packed.copy_to(tmp_path)
-    with opened(folder, small_config(BUDGET)) as made:
+    with opened(folder, warm_config(BUDGET)) as made:
         ask(made.store, packed, folder)
     path = folder / "warm" / f"{packed.oracles[V41].row_bytes * 8}.warm"
     whole = path.read_bytes()
@@ -89,7 +92,7 @@ def test_a_damaged_snapshot_is_a_cold_start(
         path.mkdir()
     else:
         path.write_bytes(whole[:1000] if damage == "truncated" else b"x" * len(whole))
-    with opened(folder, small_config(BUDGET)) as made:
+    with opened(folder, warm_config(BUDGET)) as made:
         assert made.store.wait_warm(60)
         assert pages_of_asking(made, packed, folder) > 0
     assert str(path) in caplog.text
@@ -113,7 +116,7 @@ def test_a_killed_daemon_starts_from_its_last_snapshot(packed: PackedStore, tmp_
             table.lookup_ngrams(keys[:1])
         daemon.process.send_signal(signal.SIGKILL)
         daemon.process.wait(30)
-    with opened(folder, small_config(64 << 20)) as made:
+    with opened(folder, warm_config(64 << 20)) as made:
         assert made.store.wait_warm(60)
         before = made.device.pages
         with connect(f"local:{folder}") as client:

@@ -46,6 +46,10 @@ class Gate:
             self._inside -= 1
             self._changed.notify_all()
 
+    def abandon(self) -> None:
+        """In a forked child, where nobody is inside and nobody can wait: closed from now on."""
+        self._closed = True
+
     def close(self) -> bool:
         """Let nobody in any more and wait for those inside; False where it was closed already."""
         with self._changed:

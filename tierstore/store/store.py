@@ -305,6 +305,7 @@ class Store:
 
     def disown_after_fork(self) -> None:
         """In a forked child: let go of the parent's files, above all of its lock."""
+        self._gate.abandon()
         self._extents.close_files()
         self._close_files()
 

@@ -178,24 +178,32 @@ class Collapsing:
     def __init__(self) -> None:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._changing = threading.Lock()
 
     def start(self, region: Region) -> None:
-        """Begin, unless it has begun."""
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=region.collapse, args=(self._stop,), name="tierstore-huge-pages", daemon=True
-            )
-            self._thread.start()
+        """Begin, unless it has begun or is just being stopped."""
+        if self._thread is not None or not self._changing.acquire(blocking=False):
+            return
+        try:
+            if self._thread is None:
+                thread = threading.Thread(
+                    target=region.collapse, args=(self._stop,), name="tierstore-huge-pages", daemon=True
+                )
+                thread.start()
+                self._thread = thread  # only now: `wait` and `stop` join it
+        finally:
+            self._changing.release()
 
     def wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
+        if (thread := self._thread) is not None:
+            thread.join()
 
     def stop(self) -> None:
         """Leave it as it is; it may be started again."""
-        self._stop.set()
-        self.wait()
-        self._stop, self._thread = threading.Event(), None
+        with self._changing:
+            self._stop.set()
+            self.wait()
+            self._stop, self._thread = threading.Event(), None
 
 
 class DramTier:
