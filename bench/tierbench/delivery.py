@@ -19,18 +19,24 @@ DATA_FOLDER = Path(".bench")
 NOT_PARAMETERS = ("json", "record", "dir", "out")
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, *, windows: int, window_s: float | None) -> None:
-    """`--dir`, `--windows`, `--window-s` where there is one, `--seed`, `--json` and `--record`."""
+def add_delivery_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--dir`, `--json` and `--record`."""
     add = parser.add_argument
     add("--dir", type=Path, default=DATA_FOLDER, help="data, made once and kept (default: %(default)s)")
+    add("--json", action="store_true", help="the figures as JSON on stdout")
+    add("--record", type=Path, metavar="DIR", help="write a record into this folder")
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, *, windows: int, window_s: float | None) -> None:
+    """`--dir`, `--windows`, `--window-s` where there is one, `--seed`, `--json` and `--record`."""
+    add_delivery_arguments(parser)
+    add = parser.add_argument
     add("--windows", type=int, default=windows, metavar="N",
         help="alternated windows (default: %(default)s)")  # fmt: skip
     if window_s is not None:
         add("--window-s", type=float, default=window_s, metavar="S",
             help="length of one window in seconds (default: %(default)s)")  # fmt: skip
     add("--seed", type=int, default=0, help="of keys and row ids (default: %(default)s)")
-    add("--json", action="store_true", help="the figures as JSON on stdout")
-    add("--record", type=Path, metavar="DIR", help="write a record into this folder")
 
 
 def size_argument(text: str) -> int:

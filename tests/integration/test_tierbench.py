@@ -97,6 +97,20 @@ def test_tables_are_for_people(capsys: pytest.CaptureFixture[str], data: Path) -
     assert captured.err == ""
 
 
+def test_extent(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    records = data / "records-extent"
+    sizes = ["--rows-per-head", "2000", "--tokens-per-row", "0.7", "--batch-tokens", "64"]
+    assert cli.main(["extent", "--dir", str(data), "--record", str(records), "--json", *sizes]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (path,) = records.iterdir()
+    assert json.loads(path.read_text())["results"] == found
+    assert found["tokens"] == 1400
+    ours, bare = found["with_extent"], found["without"]
+    assert (ours["seen_missed"], ours["new_missed"]) == (bare["seen_missed"], bare["new_missed"])
+    assert bare["extent_hits"] == 0 < ours["extent_hits"]
+    assert 1 <= ours["pages_per_seen_record"] < bare["pages_per_seen_record"] <= 8
+
+
 def test_wrong_sizes_are_one_line(capsys: pytest.CaptureFixture[str], data: Path) -> None:
     assert cli.main(["lookup", "--dir", str(data), "--fill", "2", *TINY]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -12,6 +12,7 @@ from tierstore.config.schema import Config, Nvme, Serve
 from tierstore.config.units import format_bytes
 
 PAGE_BYTES = 4096
+EXTENT_INDEX_SHARE = 100  # the index of an extent takes at most this part of its bytes, in memory
 UNIX_PATH_BYTES_MAX = 107  # sun_path of Linux is 108 bytes with its closing zero
 
 
@@ -77,12 +78,18 @@ def _is_loopback(host: str) -> bool:
 
 
 def _check_budgets(config: Config, memory: MemoryLimit, origins: Mapping[str, str]) -> None:
-    dram, staging = config.dram.budget_bytes, config.nvme.staging_bytes
-    if dram + staging <= memory.bytes:
+    sizes = {"dram.budget_bytes": config.dram.budget_bytes, "nvme.staging_bytes": config.nvme.staging_bytes}
+    if config.extent.budget_bytes:
+        sizes["extent.write_buffer_bytes"] = config.extent.write_buffer_bytes
+        sizes["extent.budget_bytes"] = config.extent.budget_bytes // EXTENT_INDEX_SHARE
+    needed = sum(sizes.values())
+    if needed <= memory.bytes:
         return
+    told = [f"{_at(key, origins)} = {format_bytes(size)}" for key, size in sizes.items()]
+    if config.extent.budget_bytes:
+        told[-1] = f"1 % of {_at('extent.budget_bytes', origins)} = {sizes['extent.budget_bytes']} bytes"
     raise ConfigError(
-        f"{_at('dram.budget_bytes', origins)} = {format_bytes(dram)} and "
-        f"{_at('nvme.staging_bytes', origins)} = {format_bytes(staging)} are more than this process may use: "
-        f"expected at most {memory.bytes} bytes together ({memory.source}), got {dram + staging}; "
+        f"{', '.join(told[:-1])} and {told[-1]} are more than this process may use: "
+        f"expected at most {memory.bytes} bytes together ({memory.source}), got {needed}; "
         "lower them, or raise the limit"
     )

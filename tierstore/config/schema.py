@@ -72,6 +72,26 @@ class Nvme(Section, frozen=True):
     ] = 64 * MIB
 
 
+class Extent(Section, frozen=True):
+    section: ClassVar[str] = "extent"
+    budget_bytes: Annotated[
+        ByteSize,
+        Meta(
+            ge=0, description="disk for records kept whole, so that DRAM's misses cost one read; 0 for none"
+        ),
+    ] = 0
+    write_bytes_per_s: Annotated[
+        ByteSize, Meta(ge=1, description="bytes written to the extents a second, on average; more is dropped")
+    ] = 32 * MIB
+    write_buffer_bytes: Annotated[
+        ByteSize, Meta(ge=64 * KIB, description="memory for records that wait to be written; more is dropped")
+    ] = 8 * MIB
+    period_s: Annotated[
+        Seconds,
+        Meta(ge=1, le=86400, description="time between snapshots of the extents' indices; a crash loses one"),
+    ] = 60.0
+
+
 class Limits(Section, frozen=True):
     section: ClassVar[str] = "limits"
     request_ids_max: Annotated[int, Meta(ge=1, description="keys or row ids that one request may hold")] = (
@@ -121,13 +141,16 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     dram: Dram = msgspec.field(default_factory=Dram)
     nvme: Nvme = msgspec.field(default_factory=Nvme)
+    extent: Extent = msgspec.field(default_factory=Extent)
     limits: Limits = msgspec.field(default_factory=Limits)
     prefetch: Prefetch = msgspec.field(default_factory=Prefetch)
     serve: Serve = msgspec.field(default_factory=Serve)
     log: Log = msgspec.field(default_factory=Log)
 
 
-SECTIONS: dict[str, type[Section]] = {cls.section: cls for cls in (Dram, Nvme, Limits, Prefetch, Serve, Log)}
+SECTIONS: dict[str, type[Section]] = {
+    cls.section: cls for cls in (Dram, Nvme, Extent, Limits, Prefetch, Serve, Log)
+}
 
 KEYS: dict[str, type[Section]] = {
     f"{name}.{field}": cls for name, cls in SECTIONS.items() for field in cls.__struct_fields__

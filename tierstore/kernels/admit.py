@@ -9,6 +9,8 @@ overlap throw their copy away. Writers of one arena must hold its lock.
 
 from __future__ import annotations
 
+import numpy as np
+
 from engram_client.arena.atomics import (
     copy_bytes,
     fence_release,
@@ -67,10 +69,14 @@ def write_record(line, slot, way, tag, key, owner, source, record_bytes, state):
 
 
 @inline_kernel
-def admit_record(index, slots, ghosts, sets, slot_bytes, record_bytes, key, owner, source, state, counts):
+def admit_record(
+    index, slots, ghosts, sets, slot_bytes, record_bytes, key, owner, source, state, counts, left
+):
     """Write one record at address `source` into its set, unless it is there already.
 
     `state` is its queue, its reads and whether a reader is awaited; the set's memory may know better.
+    Returns True where another record had to leave; its slot is copied to address `left` first, unless
+    that is 0.
     """
     h = mix(key, owner)
     which = set_of(h, sets)
@@ -79,18 +85,22 @@ def admit_record(index, slots, ghosts, sets, slot_bytes, record_bytes, key, owne
     set_slots = slots + which * WAYS * slot_bytes
     empty_if_abandoned(line)
     if find_way(line, set_slots, slot_bytes, tag, key, owner) >= 0:
-        return
+        return False
     known = recall(line, ghost_line, tag)
     way = choose_way(line)
-    counts[ADMITTED] += 1
+    slot = set_slots + way * slot_bytes
     old_tag = load_half(line + TAGS_AT + 2 * way)
-    if old_tag != 0:
+    evicts = old_tag != 0
+    if evicts and left != 0:
+        copy_bytes(left, slot, slot_bytes)
+    counts[ADMITTED] += 1
+    if evicts:
         counts[EVICTED] += 1
         remember(line, ghost_line, old_tag)
     if known and state & QUEUE_MASK < MAIN:
         state = state & WANTED | MAIN
-    slot = set_slots + way * slot_bytes
     write_record(line, slot, way, tag, key, owner, source, record_bytes, state)
+    return evicts
 
 
 @kernel
@@ -106,8 +116,31 @@ def admit_records(
     for i in range(keys.size):
         admit_record(
             index, slots, ghosts, sets, slot_bytes, record_bytes, keys[i], owners[i],
-            source + places[i] * record_bytes, SMALL | WANTED * wanted_soon, counts,
+            source + places[i] * record_bytes, SMALL | WANTED * wanted_soon, counts, 0,
         )  # fmt: skip
+
+
+@kernel
+def exchange_records(
+    index, slots, ghosts, sets, slot_bytes, record_bytes, keys, owners, source, places, wanted_soon, counts
+):
+    """As `admit_records`; a record that had to leave takes the place of the one it left for.
+
+    Its key and owner go into `keys` and `owners`, its bytes to that record's place. Where nothing left,
+    the key becomes -1.
+    """
+    left = np.empty(slot_bytes, np.uint8)
+    for i in range(keys.size):
+        at = np.int64(left.ctypes.data)  # here, so that `left` lives as long as the loop
+        record = source + places[i] * record_bytes
+        if admit_record(
+            index, slots, ghosts, sets, slot_bytes, record_bytes, keys[i], owners[i],
+            record, SMALL | WANTED * wanted_soon, counts, at,
+        ):  # fmt: skip
+            keys[i], owners[i] = load_word(at + KEY_AT), load_word(at + OWNER_AT)
+            copy_bytes(record, at + RECORD_AT, record_bytes)
+        else:
+            keys[i] = -1
 
 
 @inline_kernel
@@ -142,6 +175,6 @@ def move_sets(
                 slot = set_slots + way * old_slot_bytes
                 admit_record(
                     index, slots, ghosts, sets, old_slot_bytes, record_bytes, load_word(slot + KEY_AT),
-                    load_word(slot + OWNER_AT), slot + RECORD_AT, state & (QUEUE_MASK | WANTED), counts,
+                    load_word(slot + OWNER_AT), slot + RECORD_AT, state & (QUEUE_MASK | WANTED), counts, 0,
                 )  # fmt: skip
         empty_set(line)

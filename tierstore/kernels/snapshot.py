@@ -89,6 +89,6 @@ def admit_entries(index, slots, ghosts, sets, slot_bytes, record_bytes, source, 
             if owners[j, 0] == word & OWNER_MASK:
                 admit_record(
                     index, slots, ghosts, sets, slot_bytes, record_bytes, load_word(entry + KEY_AT),
-                    owners[j, 1], entry + RECORD_AT, MAIN if word >> MARK_SHIFT & 1 else SMALL, counts,
+                    owners[j, 1], entry + RECORD_AT, MAIN if word >> MARK_SHIFT & 1 else SMALL, counts, 0,
                 )  # fmt: skip
                 break

@@ -14,8 +14,10 @@ from tierstore.store.in_flight import Claim, InFlight, wait_for
 from tierstore.store.table import Access
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.dram import Arena
+from tierstore.tiers.extent import ExtentTier
 from tierstore.tiers.nvme import NvmeTier
 from tierstore.tiers.staging import Staging, StagingPool
+from tierstore.tiers.windows import Sweep
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,18 @@ def distinct_records(access: Access, ids: np.ndarray, positions: np.ndarray) -> 
 
 
 class Filler:
-    """Reads missing records from NVMe, at most a staging buffer's worth at a time."""
+    """Brings missing records from NVMe, at most a staging buffer's worth at a time."""
 
-    def __init__(self, nvme: NvmeTier, staging: StagingPool, in_flight: InFlight, counters: Counters) -> None:
+    def __init__(
+        self,
+        nvme: NvmeTier,
+        extents: ExtentTier,
+        staging: StagingPool,
+        in_flight: InFlight,
+        counters: Counters,
+    ) -> None:
         self._nvme = nvme
+        self._extents = extents
         self._staging = staging
         self._in_flight = in_flight
         self._counters = counters
@@ -110,21 +120,67 @@ class Filler:
         entries, owners = wanted.entries[mine], wanted.owners[mine]
         if not entries.size:
             return
-        row_ids = access.row_ids(entries, owners).reshape(-1)
-        targets = np.arange(row_ids.size) * access.table.spec.row_bytes
+        self._bring(access, entries, owners, staging, deadline, hint=out is None)
         records = staging.records.ctypes.data
-        table = access.table
-        self._nvme.read_rows(
-            table.row_file, table.file, row_ids, targets, records, staging, deadline, hint=out is None
-        )
-        self._counters.add(records_read=entries.size)
         if out is not None:
             place_of = np.cumsum(mine) - 1
             served = mine[wanted.inverse]
             places = place_of[wanted.inverse[served]]
             copy_parts(records, places, access.entry_bytes, *access.part, wanted.positions[served], out)
-        if arena is not None:
-            arena.admit(entries, owners, records, np.arange(entries.size), wanted_soon=out is None)
+        self._keep(access, arena, entries, owners, records, wanted_soon=out is None)
+
+    def _bring(
+        self,
+        access: Access,
+        entries: np.ndarray,
+        owners: np.ndarray,
+        staging: Staging,
+        deadline: Deadline,
+        *,
+        hint: bool,
+    ) -> None:
+        """Put records together in the staging buffer: whole from the extent, or from their rows."""
+
+        def read_rows(which: np.ndarray, beside: tuple[Sweep, ...] = ()) -> None:
+            row_ids = access.row_ids(entries[which], owners[which])
+            inside = np.arange(row_ids.shape[1]) * table.spec.row_bytes
+            targets = which[:, None] * access.entry_bytes + inside
+            self._nvme.read_rows(
+                table.row_file, table.file, row_ids.ravel(), targets.ravel(), records, staging, deadline,
+                hint=hint, beside=beside,
+            )  # fmt: skip
+            self._counters.add(records_read=which.size)
+
+        table, records = access.table, staging.records.ctypes.data
+        extent = self._extents.extent(access.entry_bytes) if access.in_extent else None
+        if extent is None:
+            read_rows(np.arange(entries.size))
+            return
+        found = extent.read(entries, owners, records, staging, deadline, hint=hint)
+        read_rows(found.missing, (found,))
+        failed = found.settle()
+        if failed.size:
+            read_rows(failed)
+
+    def _keep(
+        self,
+        access: Access,
+        arena: Arena | None,
+        entries: np.ndarray,
+        owners: np.ndarray,
+        records: int,
+        *,
+        wanted_soon: bool,
+    ) -> None:
+        """Admit records to DRAM, and let the extent have what DRAM drops for them."""
+        extent = self._extents.extent(access.entry_bytes) if access.cached else None
+        places = np.arange(entries.size)
+        if arena is not None and extent is None:
+            arena.admit(entries, owners, records, places, wanted_soon=wanted_soon)
+        elif arena is not None:
+            arena.exchange(entries, owners, records, places, wanted_soon=wanted_soon)
+        if extent is not None:
+            extent.offer(entries, owners, records)
 
     def _look_again(
         self,

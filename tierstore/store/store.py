@@ -36,6 +36,7 @@ from tierstore.store.table import Access, ServedTable
 from tierstore.store.warmth import Warmth
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.dram import Arena, DramTier
+from tierstore.tiers.extent import ExtentTier
 from tierstore.tiers.nvme import NvmeTier
 from tierstore.tiers.staging import StagingPool
 
@@ -85,11 +86,24 @@ class Store:
             gap_pages_max=config.nvme.coalesce_gap_pages,
             run_pages_max=config.nvme.run_pages_max,
         )
-        self._filler = Filler(nvme, staging, InFlight(), self.counters)
+        self._extents = self._open_extents()
+        self._filler = Filler(nvme, self._extents, staging, InFlight(), self.counters)
         self._warmth = Warmth(
             self.directory / "warm", self._dram.arenas(), self._owners(), self.counters, config.dram
         )
         self._hints = HintQueue(config.prefetch.workers, config.limits.prefetch_queue_max, self._serve_hint)
+
+    def _open_extents(self) -> ExtentTier:
+        kept = [table for table in self._tables.values() if table.extent_pays]
+        sizes: Counter[int] = Counter()
+        for table in kept:
+            sizes[table.spec.record_bytes] += table.spec.rows * table.spec.row_bytes
+        generations = {
+            table.number: table.spec.generation if table.extent_pays else None
+            for table in self._tables.values()
+        }
+        folder = self.directory / "extent"
+        return ExtentTier(folder, self.config, sizes, generations, self._reader, self.counters)
 
     def _owners(self) -> dict[str, int]:
         """Every owner of records by what it is in any process: a generation and an order."""
@@ -120,6 +134,7 @@ class Store:
                 self.lookup(LookupRequest(spec.name, spec.generation, address, ids), out)
             except StorageError as error:
                 log.error("table %r is damaged: %s", spec.name, error)
+        self._extents.warm_up()
         self.counters.reset()
 
     def tables(self) -> dict[str, TableSpec]:
@@ -269,6 +284,8 @@ class Store:
             "tables_damaged": len(self._broken),
             "dram_bytes": self._dram.total_bytes,
             "dram_budget_bytes": self._dram.budget_bytes,
+            "extent_bytes": self._extents.capacity_bytes,
+            "extent_index_bytes": self._extents.index_bytes,
             "dram_capacity_records": self._dram.capacity_records,
         }
 
@@ -278,12 +295,18 @@ class Store:
         if self._gate.close():
             self._warmth.close()
             self._reader.close()
+            self._extents.close()
             self._dram.close()
             self._close_files()
+
+    def flush_extents(self) -> None:
+        """Wait until all that DRAM dropped is in the record extents, or given up; for benchmarks."""
+        self._extents.flush()
 
     def disown_after_fork(self) -> None:
         """In a forked child: let go of the parent's files, above all of its lock."""
         self._gate.abandon()
+        self._extents.close_files()
         self._close_files()
 
     def _close_files(self) -> None:

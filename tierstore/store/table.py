@@ -14,6 +14,7 @@ from engram_client.transport.base import LookupRequest
 from tierstore.devices.files import OpenFile
 from tierstore.format.rowfile import RowFile
 from tierstore.kernels.rows import derive_row_ids
+from tierstore.tiers.extent_layout import ExtentGeometry
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Access:
     def entry_bytes(self) -> int:
         """Bytes of a whole entry: the record, or the row."""
         return self.rows_per_entry * self.table.spec.row_bytes
+
+    @property
+    def in_extent(self) -> bool:
+        """Whether the entries are records that cost fewer reads when they are kept whole."""
+        return self.cached and self.table.extent_pays
 
     def owners(self, positions: np.ndarray) -> np.ndarray:
         """Owner of each entry, int64: which table and order its record belongs to."""
@@ -66,6 +72,17 @@ class ServedTable:
     @property
     def spec(self) -> TableSpec:
         return self.row_file.spec
+
+    @property
+    def number(self) -> int:
+        return self.owner >> ORDER_BITS
+
+    @property
+    def extent_pays(self) -> bool:
+        """Whether a record's rows lie on more pages than the record would, kept whole."""
+        spec = self.spec
+        row_pages = spec.record_rows * self.row_file.geometry.pages_per_row
+        return row_pages > ExtentGeometry(spec.record_bytes, 0).parts
 
     def access(self, request: LookupRequest) -> Access:
         """Check all of the request but its ids. Raises BadRequest, GenerationMismatch."""

@@ -21,12 +21,21 @@ NAMES = (
     "hints_failed",
     "hints_done",  # worked off, failed ones included
     "in_flight_waits",  # records another request was already reading
-    "records_read",  # records put together from NVMe
+    "records_read",  # records put together from rows on NVMe
     "records_admitted",  # into DRAM
     "records_evicted",
     "records_restored",  # from the snapshot of an earlier run
     "snapshot_bytes_read",
     "records_moved",  # kept while the DRAM budget was changed
+    "extent_hits",  # records that came whole from the record extent
+    "extent_misses",  # records that were looked for there and did not
+    "extent_false",  # of these: another record lay there
+    "extent_damaged",  # of these: a page failed its checksum
+    "extent_read_errors",
+    "extent_pages",  # distinct pages wanted
+    "extent_written",  # records
+    "extent_dropped",  # records not written: the buffer was full, or the allowance used up
+    "extent_bytes_written",  # indices included
     "nvme_rows",
     "nvme_pages",  # distinct pages wanted
     "nvme_reads",  # read operations

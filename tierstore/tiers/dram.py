@@ -8,14 +8,14 @@ sizes in proportion to the bytes of the tables behind them. Reading takes no loc
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from engram_client.arena.layout import WAYS, ArenaGeometry
 from engram_client.arena.read import MASKED, read_again, read_records
 from engram_client.errors import ConfigError
-from tierstore.kernels.admit import ADMITTED, EVICTED, admit_records, move_sets
+from tierstore.kernels.admit import ADMITTED, EVICTED, admit_records, exchange_records, move_sets
 from tierstore.kernels.snapshot import admit_entries, copy_sets_out
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.region import Region
@@ -75,15 +75,36 @@ class Arena:
         self, keys: np.ndarray, owners: np.ndarray, source: int, places: np.ndarray, *, wanted_soon: bool
     ) -> None:
         """Take in records; record i is `record_bytes` at address `source`, place `places[i]`."""
+        self._admit(admit_records, keys, owners, source, places, wanted_soon)
+
+    def _admit(
+        self,
+        kernel: Callable[..., None],
+        keys: np.ndarray,
+        owners: np.ndarray,
+        source: int,
+        places: np.ndarray,
+        wanted_soon: bool,
+    ) -> None:
         counts = np.zeros(2, np.int64)
         with self._writing:
             region = self._region
             record_bytes = region.geometry.record_bytes
-            admit_records(
+            kernel(
                 *region.writer_places, record_bytes, keys, owners, source, places, int(wanted_soon), counts
             )
             self._note(counts)
         self._counters.add(records_admitted=counts[ADMITTED], records_evicted=counts[EVICTED])
+
+    def exchange(
+        self, keys: np.ndarray, owners: np.ndarray, source: int, places: np.ndarray, *, wanted_soon: bool
+    ) -> None:
+        """As `admit`; a record that had to leave takes the place of the one it left for.
+
+        Its key and owner overwrite that one's in `keys` and `owners`, its bytes that one's at `source`.
+        The key becomes -1 where nothing left.
+        """
+        self._admit(exchange_records, keys, owners, source, places, wanted_soon)
 
     def _note(self, counts: np.ndarray) -> None:
         """Count records; an arena that is half full is worth gathering in huge pages."""

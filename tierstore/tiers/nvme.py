@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +20,14 @@ from tierstore.kernels.verify_slots import first_bad_slot
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.plan import ReadPlan, Window, plan_reads
 from tierstore.tiers.staging import Staging
+from tierstore.tiers.windows import Landing, Sweep, read_windows
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One request at work: what is read for whom, and where its pages land."""
+    """One request at work: what is read for whom, and where its pages land. See `Sweep`."""
 
+    tier: NvmeTier
     table: RowFile
     file: OpenFile
     plan: ReadPlan
@@ -34,22 +36,15 @@ class Reading:
     hint: bool
     deadline: Deadline
 
+    def start(self, window: Window, pages: np.ndarray) -> Landing:
+        return self.tier.start(self, window, pages)
 
-@dataclass(frozen=True)
-class Landing:
-    """A window on its way into one half of the staging buffer."""
-
-    window: Window
-    pages: np.ndarray
-    read: PageRead
+    def finish(self, landing: Landing) -> None:
+        self.tier.finish(self, landing)
 
 
 class NvmeTier:
-    """Reads rows of open row files through one page reader.
-
-    Two windows are on their way at a time, each into its half of the staging buffer: while one is checked
-    and copied out, the disk works on the other.
-    """
+    """Reads rows of open row files through one page reader."""
 
     def __init__(
         self, reader: PageReader, counters: Counters, *, gap_pages_max: int, run_pages_max: int
@@ -70,8 +65,11 @@ class NvmeTier:
         deadline: Deadline,
         *,
         hint: bool,
+        beside: Sequence[Sweep] = (),
     ) -> None:
         """Row `row_ids[i]` goes to address `out` + `targets[i]`; int64 [n] both, ids in range.
+
+        What is `beside` is read in the same go.
 
         Raises StorageError or DataCorrupt naming file, page and rows, or DeadlineExceeded; then
         what lies at `out` is undefined.
@@ -83,21 +81,11 @@ class NvmeTier:
             gap_pages_max=self._gap_pages_max,
             run_pages_max=min(self._run_pages_max, staging.capacity_pages),
         )
-        reading = Reading(table, file, plan, staging, out, hint, deadline)
-        on_its_way: deque[Landing] = deque()
-        try:
-            for number, window in enumerate(plan.windows(staging.capacity_pages)):
-                if len(on_its_way) == 2:
-                    self._finish(reading, on_its_way.popleft())
-                on_its_way.append(self._start(reading, window, staging.halves[number % 2]))
-            while on_its_way:
-                self._finish(reading, on_its_way.popleft())
-        finally:
-            for landing in on_its_way:
-                landing.read.withdraw()
+        reading = Reading(self, table, file, plan, staging, out, hint, deadline)
+        read_windows((*beside, reading), staging)
         self._counters.add(nvme_rows=row_ids.size, nvme_pages=plan.pages.size)
 
-    def _start(self, reading: Reading, window: Window, pages: np.ndarray) -> Landing:
+    def start(self, reading: Reading, window: Window, pages: np.ndarray) -> Landing:
         runs = (window.run_first_pages, window.run_page_counts, window.run_slots)
         return Landing(window, pages, self._read(reading, *runs, pages))
 
@@ -112,7 +100,7 @@ class NvmeTier:
         reading.staging.reads.append(read)
         return read
 
-    def _finish(self, reading: Reading, landing: Landing) -> None:
+    def finish(self, reading: Reading, landing: Landing) -> None:
         """Wait for a window, check its pages, copy its rows."""
         window = landing.window
         try:

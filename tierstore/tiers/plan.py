@@ -84,7 +84,12 @@ def plan_reads(
     geometry: Geometry, row_ids: np.ndarray, targets: np.ndarray, *, gap_pages_max: int, run_pages_max: int
 ) -> ReadPlan:
     """Plan the reads for `row_ids` int64 [n], row i to go to byte `targets[i]` of the output."""
-    pieces = _pieces(geometry, row_ids, targets).sorted_by_page()
+    return plan_pieces(_pieces(geometry, row_ids, targets), gap_pages_max, run_pages_max)
+
+
+def plan_pieces(unsorted: Pieces, gap_pages_max: int, run_pages_max: int) -> ReadPlan:
+    """Plan the reads for pieces in any order."""
+    pieces = unsorted.sorted_by_page()
     is_new = np.empty(pieces.pages.size, bool)
     is_new[:1] = True
     np.not_equal(pieces.pages[1:], pieces.pages[:-1], out=is_new[1:])

@@ -14,11 +14,12 @@ from pathlib import Path
 from tierbench.delivery import DATA_FOLDER
 from tierbench.record import RESULTS
 
-BENCHMARKS = ("lookup", "cold", "serve", "pack")
+BENCHMARKS = ("lookup", "cold", "serve", "pack", "extent")
 QUICK = {
     "lookup": "--arena-bytes 64MiB --tokens 64 --warm-tokens 256 --windows 3 --window-s 0.05",
     "cold": "--windows 3 --window-s 0.3 --sample-rows 500 --lmdb-rows 20000 --batch-rows 1024",
     "serve": "--windows 3 --window-s 0.2 --dram-bytes 64MiB --different 4",
+    "extent": "--tokens-per-row 0.4",
     "pack": "--windows 2 --source-bytes 16MiB",
 }
 QUICK_ROWS_PER_HEAD = 20_000
