@@ -302,6 +302,35 @@ def test_closing_waits_for_reads_and_drops_hints(packed: PackedStore, tmp_path: 
             client.close()
 
 
+def test_handles_are_bounded_and_closing_a_client_ends_them(
+    packed: PackedStore, opened_store: Device
+) -> None:
+    oracle, device = packed.oracles[V41], opened_store.device
+    batches = [random_keys(oracle, 1, seed=seed) for seed in range(7)]
+    client = connect(f"local:{opened_store.directory}", prefetch_handles_max=6)
+    table = client.table(V41)
+    with ThreadPoolExecutor(1) as threads, device.held():
+        handles = [table.prefetch_ngrams(keys) for keys in batches[:6]]
+        device.wait_for_readers(4)  # as many as there are threads; two wait for one
+        with pytest.raises(errors.Overloaded, match="6 prefetch handles are open"):
+            table.prefetch_ngrams(batches[6])
+        with pytest.raises(errors.DeadlineExceeded, match=r"after 0\.01 s; wait again"):
+            handles[0].wait(0.01)
+        handles[5].cancel()
+        handles[5] = table.prefetch_ngrams(batches[6])
+        closing = threads.submit(client.close)
+        for handle in handles[4:]:
+            with pytest.raises(errors.Cancelled):
+                handle.wait(20)
+        assert not closing.done()
+        device.let_go()
+        closing.result(30)
+    for keys, handle in zip(batches[:4], handles[:4], strict=True):
+        assert np.array_equal(handle.wait(0), oracle.lookup_ngrams(keys))
+    with pytest.raises(errors.Cancelled, match="closed"):
+        table.prefetch_ngrams(batches[0])
+
+
 def test_hints_beyond_the_queue_are_dropped_and_counted(packed: PackedStore, opened_store: Device) -> None:
     oracle, asked = packed.oracles[V41], 200
     with connect(f"local:{opened_store.directory}") as client:

@@ -106,7 +106,10 @@ def running(command: list[str], folder: Path) -> Iterator[Daemon]:
         yield daemon
     finally:
         if daemon.process.poll() is None:
-            daemon.stop()
+            try:
+                daemon.stop()
+            finally:
+                daemon.kill()  # one that does not stop fails the test and is not left behind
         for pipe in (daemon.process.stdin, daemon.process.stdout):
             if pipe:
                 pipe.close()

@@ -208,16 +208,22 @@ def test_closing_cancels_what_waits_and_finishes_what_runs(reads: Reads) -> None
     assert reads.count == THREADS
 
 
-def test_dropping_a_handle_inside_the_lock_does_not_hang(prefetcher: Prefetcher, reads: Reads) -> None:
+def test_dropping_a_handle_inside_the_lock_does_not_hang(reads: Reads) -> None:
     """The collector may finalize a handle at any allocation, in any thread, also in here."""
+    prefetcher = Prefetcher(THREADS, OPEN_MAX)
     reads.go.set()
-    handle = start(prefetcher, reads)
-    handle.wait(30)
     held = [start(prefetcher, reads)]
-    with prefetcher._changed:
-        held.clear()
-        gc.collect()
+
+    def drop() -> None:
+        with prefetcher._changed:
+            held.clear()
+
+    dropping = threading.Thread(target=drop, daemon=True)
+    dropping.start()
+    dropping.join(20)
+    assert not dropping.is_alive()
     assert start(prefetcher, reads).wait(30) is not None
+    prefetcher.close()
 
 
 def test_a_forked_child_prefetches_with_threads_of_its_own(prefetcher: Prefetcher, reads: Reads) -> None:
