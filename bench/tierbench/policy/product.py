@@ -68,5 +68,5 @@ def _replay(index, slots, ghosts, sets, slot_bytes, keys, owners, part_bytes):
         if way >= 0:
             count_read(line, way, part_bytes)
         else:
-            admit_record(index, slots, ghosts, sets, slot_bytes, 0, keys[i], owners[i], 0, state, counts)
+            admit_record(index, slots, ghosts, sets, slot_bytes, 0, keys[i], owners[i], 0, state, counts, 0)
     return keys.size - counts[ADMITTED]
