@@ -42,7 +42,7 @@ def geometry(store: Store, name: str) -> Any:
 def nothing_is_left_behind(store: Store) -> bool:
     """Every staging buffer is free and no record counts as being read."""
     staging, in_flight = store._filler._staging, store._filler._in_flight
-    return staging.drain(20) and len(staging._free) == BUFFERS_MAX and not in_flight._done
+    return staging.drain(20) and len(staging._free) == BUFFERS_MAX and not in_flight._readers
 
 
 def hurt_rows(opened_store: Device, name: str, page_index: int) -> tuple[int, range]:
@@ -361,3 +361,17 @@ def test_a_hint_that_fails_is_counted_and_hurts_nobody(
         opened_store.device.heal()
         assert np.array_equal(table.lookup_ngrams(keys), oracle.lookup_ngrams(keys))
         assert table.warm_ngrams(random_rows(oracle, 3).reshape(1, 3))
+
+
+def test_a_look_up_overtakes_a_hint_that_takes_long(packed: PackedStore, tmp_path: Path) -> None:
+    """The hint hangs in the device with the records claimed; the look-up reads them itself."""
+    folder, oracle = packed.copy_to(tmp_path), packed.oracles[V41]
+    with opened(folder, small_config(64 << 20)) as made, connect(f"local:{folder}") as client:
+        table, keys = client.table(V41), random_keys(oracle, 50)
+        with made.device.held():
+            assert table.warm_ngrams(keys)
+            made.device.wait_for_readers(1)
+            handle = table.prefetch_ngrams(keys, timeout=60)
+            made.device.wait_for_readers(2)  # the look-up did not wait for the hint to end
+        assert np.array_equal(handle.wait(60), oracle.lookup_ngrams(keys))
+        assert client.stats()["hints_overtaken"] == np.unique(keys).size

@@ -163,4 +163,4 @@ def test_eight_threads_over_a_bad_disk(packed: PackedStore, tmp_path: Any) -> No
         assert sum(t.errors for t in traffics) <= stats["failed_lookups"]
         assert eventually(lambda: client.stats()["hints_done"] == stats["hints_accepted"])
         assert made.store._filler._staging.drain(20)
-        assert not made.store._filler._in_flight._done
+        assert not made.store._filler._in_flight._readers

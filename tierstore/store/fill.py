@@ -102,7 +102,7 @@ class Filler:
                 everything = np.ones(wanted.entries.size, bool)
                 self._read(access, None, wanted, everything, staging, out, deadline)
                 return wanted.positions[:0]
-            with self._in_flight.claim(wanted.entries, wanted.owners) as claim:
+            with self._in_flight.claim(wanted.entries, wanted.owners, hint=out is None) as claim:
                 self._read(access, arena, wanted, claim.mine, staging, out, deadline)
         return self._look_again(access, arena, wanted, claim, ids, out, deadline)
 
@@ -197,8 +197,21 @@ class Filler:
             return wanted.positions[:0]
         left = wanted.positions[~claim.mine[wanted.inverse]]
         self._counters.add(in_flight_waits=left.size)
-        wait_for(claim.others, deadline)
-        return read_scattered(access, arena, ids, left, out)
+        ended = wait_for(claim.others, deadline, hint=out is None)
+        left = read_scattered(access, arena, ids, left, out)
+        if ended or not left.size:
+            return left
+        self._read_alone(access, arena, distinct_records(access, ids, left), out, deadline)
+        return left[:0]
+
+    def _read_alone(
+        self, access: Access, arena: Arena, wanted: Wanted, out: int | None, deadline: Deadline
+    ) -> None:
+        """Read what a hint is reading too: it takes longer than the demand can wait."""
+        self._counters.add(hints_overtaken=wanted.entries.size)
+        with self._staging.take(deadline) as staging:
+            everything = np.ones(wanted.entries.size, bool)
+            self._read(access, arena, wanted, everything, staging, out, deadline)
 
 
 def read_scattered(

@@ -23,6 +23,16 @@ from engram_client.deadline import Deadline
 from tierstore.kernels import in_flight as table
 
 CAPACITY_RECORDS = 1 << 16
+HINT_PATIENCE_S = 0.02
+WAITING = "waiting for another request to read the same rows"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Somebody who reads records that others want."""
+
+    done: threading.Event
+    hint: bool  # nobody waits for it yet, and it may take long
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,7 @@ class Claim:
     """What one look-up may read (`mine`, bool [n]) and whom it must wait for."""
 
     mine: np.ndarray
-    others: tuple[threading.Event, ...]
+    others: tuple[Reader, ...]
 
 
 class InFlight:
@@ -42,32 +52,46 @@ class InFlight:
         self._owners = np.zeros(places, np.int64)
         self._tickets = np.zeros(places, np.int64)
         self._room = capacity_records
-        self._done: dict[int, threading.Event] = {}
+        self._readers: dict[int, Reader] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()
 
     @contextmanager
-    def claim(self, keys: np.ndarray, owners: np.ndarray) -> Iterator[Claim]:
+    def claim(self, keys: np.ndarray, owners: np.ndarray, *, hint: bool = False) -> Iterator[Claim]:
         """Claim distinct records, int64 [n]; on leaving they are released and waiters wake."""
         found = np.empty(keys.size, np.int64)
         entries = (self._keys, self._owners, self._tickets)
         with self._lock:
             ticket = next(self._numbers)
-            done = self._done[ticket] = threading.Event()
+            reader = self._readers[ticket] = Reader(threading.Event(), hint)
             self._room -= table.claim(*entries, keys, owners, ticket, self._room, found)
             mine = found == ticket
-            others = tuple(self._done[t] for t in set(found[~mine].tolist()))
+            others = tuple(self._readers[t] for t in set(found[~mine].tolist()))
         try:
             yield Claim(mine, others)
         finally:
             with self._lock:
                 self._room += table.release(*entries, keys[mine], owners[mine], ticket)
-                del self._done[ticket]
-            done.set()
+                del self._readers[ticket]
+            reader.done.set()
 
 
-def wait_for(events: tuple[threading.Event, ...], deadline: Deadline) -> None:
-    """Wait until all readers are done. Raises DeadlineExceeded."""
-    for event in events:
-        if not event.wait(deadline.remaining_s()):
-            raise deadline.exceeded("waiting for another request to read the same rows")
+def wait_for(readers: tuple[Reader, ...], deadline: Deadline, *, hint: bool) -> bool:
+    """Wait until all readers are done; False where a hint's reading takes too long for a demand.
+
+    A hint may be reading for seconds what somebody needs now. After `HINT_PATIENCE_S` it is cheaper to read a
+    few records twice. Raises DeadlineExceeded.
+    """
+    patience = Deadline.after(None if hint else HINT_PATIENCE_S)
+    for reader in readers:
+        if reader.hint and not hint and not reader.done.wait(_sooner(patience, deadline)):
+            deadline.check(WAITING)
+            return False
+        if not reader.done.wait(deadline.remaining_s()):
+            raise deadline.exceeded(WAITING)
+    return True
+
+
+def _sooner(patience: Deadline, deadline: Deadline) -> float | None:
+    left = [s for s in (patience.remaining_s(), deadline.remaining_s()) if s is not None]
+    return min(left, default=None)

@@ -20,6 +20,7 @@ NAMES = (
     "hints_dropped",  # the queue was full
     "hints_failed",
     "hints_done",  # worked off, failed ones included
+    "hints_overtaken",  # records a look-up read itself because the hint that was reading them took long
     "in_flight_waits",  # records another request was already reading
     "records_read",  # records put together from rows on NVMe
     "records_admitted",  # into DRAM

@@ -7,7 +7,7 @@ import pytest
 
 from engram_client.deadline import Deadline
 from engram_client.errors import DeadlineExceeded
-from tierstore.store.in_flight import InFlight, wait_for
+from tierstore.store.in_flight import HINT_PATIENCE_S, InFlight, Reader, wait_for
 
 
 def as_records(keys: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -19,8 +19,8 @@ def test_the_first_claimant_reads_and_the_second_waits():
     with flight.claim(*as_records([1, 2, 3])) as first, flight.claim(*as_records([3, 4])) as second:
         assert first.mine.tolist() == [True, True, True]
         assert second.mine.tolist() == [False, True]
-        assert [e.is_set() for e in second.others] == [False]
-    assert second.others[0].is_set()
+        assert [r.done.is_set() for r in second.others] == [False]
+    assert second.others[0].done.is_set()
 
 
 def test_released_records_can_be_claimed_again():
@@ -50,7 +50,7 @@ def test_failed_reader_releases_and_wakes():
 
     with pytest.raises(RuntimeError):
         fail_while_another_waits()
-    assert [done.is_set() for done in waiters] == [True]
+    assert [r.done.is_set() for r in waiters] == [True]
     with flight.claim(*as_records([1])) as again:
         assert again.mine.all()
 
@@ -67,7 +67,18 @@ def test_full_table_lets_records_be_read_without_an_entry():
 
 def test_waiting_ends_at_the_deadline():
     with pytest.raises(DeadlineExceeded, match="same rows"):
-        wait_for((threading.Event(),), Deadline.after(0.01))
+        wait_for((Reader(threading.Event(), hint=False),), Deadline.after(0.01), hint=False)
+    with pytest.raises(DeadlineExceeded, match="same rows"):
+        wait_for((Reader(threading.Event(), hint=True),), Deadline.after(0.001), hint=False)
+
+
+def test_a_demand_does_not_wait_long_for_a_hint_but_a_hint_does():
+    slow = Reader(threading.Event(), hint=True)
+    assert not wait_for((slow,), Deadline.after(None), hint=False)
+    with pytest.raises(DeadlineExceeded):
+        wait_for((slow,), Deadline.after(2 * HINT_PATIENCE_S), hint=True)
+    slow.done.set()
+    assert wait_for((slow,), Deadline.after(None), hint=False)
 
 
 def test_random_claims_against_a_dictionary():
