@@ -367,7 +367,7 @@ def test_a_look_up_overtakes_a_hint_that_takes_long(packed: PackedStore, tmp_pat
     """The hint hangs in the device with the records claimed; the look-up reads them itself."""
     folder, oracle = packed.copy_to(tmp_path), packed.oracles[V41]
     with opened(folder, small_config(64 << 20)) as made, connect(f"local:{folder}") as client:
-        table, keys = client.table(V41), random_keys(oracle, 50)
+        table, keys = client.table(V41), random_keys(oracle, 20)
         with made.device.held():
             assert table.warm_ngrams(keys)
             made.device.wait_for_readers(1)
