@@ -71,7 +71,7 @@ class Table:
     ) -> Array:
         """Rows of n-gram keys [..., orders]: uint8 [..., H, row_bytes], H = orders * heads."""
         if self._hit_path is not None and heads is None and type(ngram_keys) is np.ndarray:
-            rows = self._hit_path(ngram_keys)
+            rows = self._hit_path(ngram_keys, None)
             if rows is not None:
                 return rows
         return like(self._read(self._by_ngrams(ngram_keys, heads), timeout), ngram_keys)
@@ -103,6 +103,14 @@ class Table:
         timeout: float | None = DEFAULT_TIMEOUT_S,
     ) -> None:
         """As `lookup_ngrams`, into the caller's uint8 buffer; undefined content if it raises."""
+        if (
+            self._hit_path is not None
+            and heads is None
+            and type(ngram_keys) is np.ndarray
+            and type(out) is np.ndarray
+            and self._hit_path(ngram_keys, out) is not None
+        ):
+            return
         self._read_into(self._by_ngrams(ngram_keys, heads), out, timeout)
 
     def lookup_into(self, row_ids: Any, out: Any, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> None:

@@ -30,7 +30,7 @@ class LookupRequest:
     heads: tuple[int, int] | None = None
 
 
-HitPath = Callable[[np.ndarray], np.ndarray | None]
+HitPath = Callable[[np.ndarray, np.ndarray | None], np.ndarray | None]
 
 
 class Transport(Protocol):
@@ -52,8 +52,8 @@ class Transport(Protocol):
     def hit_path(self, spec: TableSpec) -> HitPath | None:
         """A shorter way than `lookup` to whole records, where there is one.
 
-        Called with n-gram keys it returns rows uint8 [..., H, row_bytes], or None for whatever it cannot
-        answer whole.
+        Called with n-gram keys and None, or a buffer for the rows, it returns rows uint8
+        [..., H, row_bytes], or None for whatever it cannot answer whole.
         """
 
     def prefetch(self, request: LookupRequest) -> bool:

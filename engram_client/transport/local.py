@@ -48,7 +48,7 @@ class LocalTransport:
         path: HitPath | None = self._store.hit_path(spec.name, spec.generation)
         if path is None:
             return None
-        return lambda keys: None if self._closed else path(keys)
+        return lambda keys, out: None if self._closed else path(keys, out)
 
     def prefetch(self, request: LookupRequest) -> bool:
         return bool(self._store.prefetch(request))

@@ -78,3 +78,24 @@ def test_a_closed_client_and_a_bad_key_are_refused_as_ever(packed: PackedStore, 
         client.close()  # the store stays open for others
         with pytest.raises(errors.Cancelled):
             table.lookup_ngrams(keys)
+
+
+def test_into_the_callers_buffer(packed: PackedStore, tmp_path: Path) -> None:
+    folder, oracle = packed.copy_to(tmp_path), packed.oracles[V41]
+    with opened(folder, small_config(BUDGET)) as made, connect(f"local:{folder}") as client:
+        table, keys = client.table(V41), random_keys(oracle, 10)
+        expected = table.lookup_ngrams(keys)
+        short = made.store.hit_path(V41, table.spec.generation)
+        assert short is not None
+        out = np.zeros_like(expected)
+        assert short(keys, out) is out
+        assert np.array_equal(out, expected)
+        read_only = np.zeros_like(expected)
+        read_only.flags.writeable = False
+        for other in (out[:5], out.astype(np.int8), np.zeros((20, *out.shape[1:]), np.uint8)[::2], read_only):
+            assert short(keys, other) is None
+        out[:] = 0
+        table.lookup_ngrams_into(keys, out)
+        assert np.array_equal(out, oracle.lookup_ngrams(keys))
+        with pytest.raises(errors.BadRequest):
+            table.lookup_ngrams_into(keys, read_only)

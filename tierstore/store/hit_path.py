@@ -17,11 +17,14 @@ from tierstore.store.table import ServedTable
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.dram import Arena
 
-INT64 = np.dtype(np.int64)
+INT64, UINT8 = np.dtype(np.int64), np.dtype(np.uint8)
 
 
 class HitPath:
-    """Call it with n-gram keys int64 [..., orders]: rows uint8 [..., H, row_bytes], or None."""
+    """Call it with n-gram keys int64 [..., orders]: rows uint8 [..., H, row_bytes], or None.
+
+    With `out` the rows go there, if it is such an array; its content is undefined after a None.
+    """
 
     def __init__(
         self, gate: Gate, table: ServedTable, arena: Arena, counters: Counters, keys_max: int
@@ -38,7 +41,7 @@ class HitPath:
         self._row_shape = (scheme.orders * scheme.heads, table.spec.row_bytes)
         self._keys_max = keys_max
 
-    def __call__(self, keys: np.ndarray) -> np.ndarray | None:
+    def __call__(self, keys: np.ndarray, out: np.ndarray | None = None) -> np.ndarray | None:
         region = self._arena.settled_region()
         if (
             keys.dtype is not INT64
@@ -49,7 +52,10 @@ class HitPath:
             or self._gate.closed
         ):
             return None
-        rows = np.empty(keys.shape[:-1] + self._row_shape, np.uint8)
+        shape = keys.shape[:-1] + self._row_shape
+        rows = np.empty(shape, np.uint8) if out is None else out
+        if rows.dtype is not UINT8 or rows.shape != shape or not rows.flags.carray:
+            return None
         whole = read_all_or_nothing(
             *region.places,
             keys.reshape(-1),
