@@ -119,3 +119,25 @@ class Job:
         """Drop what has not begun; `ended` tells when the rest is over."""
         if self._place is not None:
             jobs.withdraw(self._table.address, self._place)
+
+
+class JobReader:
+    """What every page reader over a job table does; see `PageReader`. Its workers are the subclass's."""
+
+    def __init__(self) -> None:
+        self._table = JobTable()
+
+    def start(
+        self,
+        fd: int,
+        first_pages: np.ndarray,
+        page_counts: np.ndarray,
+        slots: np.ndarray,
+        buffer: int,
+        *,
+        hint: bool,
+    ) -> Job:
+        return self._table.open(fd, first_pages, page_counts, slots, buffer, hint=hint)
+
+    def close(self) -> None:
+        self._table.close()

@@ -7,33 +7,16 @@ pool and large ones do not hold up small ones.
 
 from __future__ import annotations
 
-import numpy as np
-
-from tierstore.devices.job_table import PLACES, Job, JobTable
+from tierstore.devices.job_table import PLACES, JobReader
 from tierstore.kernels.pread_worker import read_until_stopped
 
 
-class PreadReader:
+class PreadReader(JobReader):
     """See `PageReader`."""
 
     def __init__(self, threads: int) -> None:
-        self._table = JobTable()
+        super().__init__()
         spread = max(1, PLACES // threads)
         self._table.start_workers(
             threads, "pread", lambda i: read_until_stopped(self._table.address, PLACES, i * spread)
         )
-
-    def start(
-        self,
-        fd: int,
-        first_pages: np.ndarray,
-        page_counts: np.ndarray,
-        slots: np.ndarray,
-        buffer: int,
-        *,
-        hint: bool,
-    ) -> Job:
-        return self._table.open(fd, first_pages, page_counts, slots, buffer, hint=hint)
-
-    def close(self) -> None:
-        self._table.close()

@@ -11,9 +11,7 @@ import logging
 import os
 import queue
 
-import numpy as np
-
-from tierstore.devices.job_table import PLACES, Job, JobTable
+from tierstore.devices.job_table import PLACES, JobReader
 from tierstore.devices.ring import Ring
 from tierstore.kernels.pread_worker import read_until_stopped
 from tierstore.kernels.uring_worker import drive_ring_until_stopped
@@ -21,12 +19,12 @@ from tierstore.kernels.uring_worker import drive_ring_until_stopped
 log = logging.getLogger(__name__)
 
 
-class UringReader:
+class UringReader(JobReader):
     """See `PageReader`. Raises OSError (EPERM, ENOSYS) where io_uring cannot be had."""
 
     def __init__(self, queue_depth: int) -> None:
         self._depth = queue_depth
-        self._table = JobTable()
+        super().__init__()
         outcome: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
         self._table.start_workers(1, "uring", lambda _: self._drive(outcome))
         if error := outcome.get():
@@ -51,18 +49,3 @@ class UringReader:
                 os.strerror(failure),
             )
             read_until_stopped(self._table.address, PLACES, 0)
-
-    def start(
-        self,
-        fd: int,
-        first_pages: np.ndarray,
-        page_counts: np.ndarray,
-        slots: np.ndarray,
-        buffer: int,
-        *,
-        hint: bool,
-    ) -> Job:
-        return self._table.open(fd, first_pages, page_counts, slots, buffer, hint=hint)
-
-    def close(self) -> None:
-        self._table.close()
