@@ -34,6 +34,7 @@ NAMES = (
     "extent_damaged",  # of these: a page failed its checksum
     "extent_read_errors",
     "extent_pages",  # distinct pages wanted
+    "extent_reads",  # read operations
     "extent_written",  # records
     "extent_dropped",  # records not written: the buffer was full, or the allowance used up
     "extent_bytes_written",  # indices included

@@ -80,12 +80,13 @@ class ExtentRead:
             hint=self._hint,
         )
         self._staging.reads.append(read)
+        self._extent.counters.add(extent_reads=window.run_first_pages.size)
         return Landing(window, pages, read)
 
     def finish(self, landing: Landing) -> None:
         """Take the records of a window that came; a window that failed is left to the row file."""
-        window, plan = landing.window, self.plan
-        targets = plan.pieces.targets[window.pieces]
+        window, pieces = landing.window, self.plan.pieces
+        targets = pieces.targets[window.pieces]
         try:
             landing.read.wait(self._deadline)
         except PageReadFailed as failure:
@@ -94,11 +95,12 @@ class ExtentRead:
             return
         finally:
             self._extent.counters.add(extent_pages=window.pages.size)
+        assert pieces.lengths is not None
         take_entries(
             landing.pages, window.page_slots, window.pages, *uuid_words(self._extent.file.uuid),
-            window.piece_slots, plan.pieces.page_offsets[window.pieces], targets,
-            self._extent.geometry.shape, self._keys, self._owners, self._extent.identities, self._out,
-            self._fates,
+            window.piece_slots, pieces.page_offsets[window.pieces], pieces.lengths[window.pieces], targets,
+            self._extent.geometry.record_bytes, self._keys, self._owners, self._extent.identities,
+            self._out, self._fates,
         )  # fmt: skip
 
     def settle(self) -> np.ndarray:
@@ -107,10 +109,7 @@ class ExtentRead:
         fates[(fates == DAMAGED) & (self._sequences < oldest)] = FOREIGN  # it was being overwritten
         failed = np.flatnonzero(fates > GOOD)
         if failed.size:
-            pages = [self._extent.geometry.page_of(s) for s in self._sequences[failed].tolist()]
-            parts = self._extent.geometry.parts
-            lost = np.array([any(p <= w < p + parts for w in self._wrong_pages) for p in pages])
-            wrong = failed[lost | (fates[failed] != UNREAD)]
+            wrong = failed[(fates[failed] != UNREAD) | self._on_wrong_pages(failed)]
             self._extent.index.remove(self._keys[wrong], self._owners[wrong], self._sequences[wrong])
         good = int(np.count_nonzero(fates == GOOD))
         self._extent.counters.add(
@@ -121,6 +120,13 @@ class ExtentRead:
             extent_read_errors=len(self._wrong_pages),
         )
         return failed
+
+    def _on_wrong_pages(self, which: np.ndarray) -> np.ndarray:
+        """Whether a page that could not be read holds some of these records, bool [n]."""
+        geometry, lost = self._extent.geometry, np.zeros(which.size, bool)
+        pieces = geometry.pieces(self._sequences[which], np.arange(which.size) * geometry.record_bytes)
+        lost[pieces.targets[np.isin(pieces.pages, self._wrong_pages)] // geometry.record_bytes] = True
+        return lost
 
 
 class Extent:
@@ -154,8 +160,8 @@ class Extent:
             pages.ctypes.data, 0, self.geometry.shape, none, none, self.identities, 0, none, none
         )  # fmt: skip
         take_entries(
-            pages, none, none, *uuid_words(self.file.uuid), none, none, none, self.geometry.shape,
-            none, none, self.identities, 0, np.zeros(0, np.uint8),
+            pages, none, none, *uuid_words(self.file.uuid), none, none, none, none,
+            self.geometry.record_bytes, none, none, self.identities, 0, np.zeros(0, np.uint8),
         )  # fmt: skip
 
     def offer(self, keys: np.ndarray, owners: np.ndarray, source: int) -> None:
@@ -190,7 +196,7 @@ class ExtentTier:
         if not budget or not table_bytes:
             return
         identities, total = table_identities(generations), sum(table_bytes.values())
-        least = max(ExtentGeometry(record_bytes, 0).parts for record_bytes in table_bytes) * PAGE_BYTES
+        least = max(ExtentGeometry(record_bytes, 0).group_bytes for record_bytes in table_bytes)
         allowance = ByteAllowance(config.extent.write_bytes_per_s, least)
         buffer_bytes = config.extent.write_buffer_bytes // len(table_bytes)
         try:

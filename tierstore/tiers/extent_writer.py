@@ -1,7 +1,7 @@
 """Writing records into an extent, one after another, round and round, in the background.
 
 Records are copied into a write buffer; a full one is sealed and written in one go by a thread, and only
-then does the index learn of its records. Before a page is overwritten its old records count as gone.
+then does the index learn of its records. Before a group is overwritten its old records count as gone.
 Nobody waits for a write: what finds no free buffer, or would exceed the configured bytes a second, is
 dropped and counted. A disk that refuses a write ends writing, not serving.
 """
@@ -83,13 +83,14 @@ class ExtentWriter:
         buffer_bytes: int,
         period_s: float,
     ) -> None:
-        """`buffer_bytes` of memory at most, if that is enough for two records."""
+        """`buffer_bytes` of memory at most, if that is enough for two groups of records."""
         self.file, self.index, self.identities = file, index, identities
         g = self._geometry = file.geometry
         self._allowance, self._counters, self._period_s = allowance, counters, period_s
-        groups = min(buffer_bytes // BUFFERS // PAGE_BYTES // g.parts, g.slots // g.per_page // BUFFERS)
-        self._buffer_records = max(1, groups) * g.per_page
-        self._free = [WriteBuffer(max(1, groups) * g.parts, self._buffer_records) for _ in range(BUFFERS)]
+        buffers = max(2, min(BUFFERS, buffer_bytes // g.group_bytes))
+        groups = max(1, min(buffer_bytes // buffers // g.group_bytes, g.groups // buffers))
+        self._buffer_records = groups * g.group.records
+        self._free = [WriteBuffer(groups * g.group.pages, self._buffer_records) for _ in range(buffers)]
         self._filling: WriteBuffer | None = None
         self._full: deque[WriteBuffer] = deque()
         self._next = file.next_sequence
@@ -105,8 +106,8 @@ class ExtentWriter:
 
     def offer(self, keys: np.ndarray, owners: np.ndarray, source: int, places: np.ndarray) -> None:
         """Keep what can be kept; record i lies at address `source`, place `places[i]`."""
-        page_bytes = PAGE_BYTES * self._geometry.parts / self._geometry.per_page
-        allowed = 0 if self._broken else self._allowance.take(keys.size, page_bytes)
+        record_bytes = self._geometry.bytes_per_record
+        allowed = 0 if self._broken else self._allowance.take(keys.size, record_bytes)
         done = 0
         while done < allowed:
             part = slice(done, allowed)
@@ -145,8 +146,8 @@ class ExtentWriter:
         """Let the thread write what there is; from now on its place in the file is its own."""
         buffer, self._filling = self._filling, None
         if buffer is not None:
-            per_page = self._geometry.per_page
-            self._next = buffer.first + -(-buffer.count // per_page) * per_page
+            records = self._geometry.group.records
+            self._next = buffer.first + -(-buffer.count // records) * records
             self._full.append(buffer)
             self._changed.notify_all()
 
@@ -171,9 +172,9 @@ class ExtentWriter:
 
     def _write(self, buffer: WriteBuffer) -> None:
         g, written = self._geometry, 0
-        pages = buffer.pages[: -(-buffer.count // g.per_page) * g.parts]
+        pages = buffer.pages[: -(-buffer.count // g.group.records) * g.group.pages]
         if not self._broken:
-            page = g.page_of(buffer.first)
+            page = g.group_page(buffer.first)
             seal_pages(pages, page, *uuid_words(self.file.uuid), 0, len(pages))
             try:
                 data = pages.reshape(-1).view(np.uint8)
@@ -182,6 +183,7 @@ class ExtentWriter:
             except (StorageError, OSError) as error:
                 self._give_up(error)
         if written:
+            self._allowance.spend(int(pages.nbytes - written * g.bytes_per_record))  # a group begun
             self.index.insert(buffer.hashes, buffer.first, written)
             self._unsaved = True
         self._counters.add(
