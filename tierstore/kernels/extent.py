@@ -86,16 +86,27 @@ def insert_into_index(index, hashes, first, count):
         index[which, chosen] = (fingerprint << SEQUENCE_BITS) | (first + i)
 
 
+@inline_kernel
+def forget(index, h, sequence):
+    which = set_of(h, len(index))
+    word = (fingerprint_of(h) << SEQUENCE_BITS) | sequence
+    for way in range(WAYS):
+        if index[which, way] == word:
+            index[which, way] = 0
+
+
 @kernel
 def remove_from_index(index, keys, owners, identities, sequences):
     """Forget exactly these records at these sequences."""
     for i in range(keys.size):
-        h = hash_of(keys[i], owners[i], identities)
-        which = set_of(h, len(index))
-        word = (fingerprint_of(h) << SEQUENCE_BITS) | sequences[i]
-        for way in range(WAYS):
-            if index[which, way] == word:
-                index[which, way] = 0
+        forget(index, hash_of(keys[i], owners[i], identities), sequences[i])
+
+
+@kernel
+def withdraw_from_index(index, hashes, first, count):
+    """Forget what `insert_into_index` entered."""
+    for i in range(count):
+        forget(index, np.uint64(hashes[i]), first + i)
 
 
 @inline_kernel
@@ -146,6 +157,28 @@ def pack_entries(buffer, first, shape, keys, owners, identities, source, places,
             write_entry(
                 entry, keys[i], owners[i], identities, begin, record_bytes, record + begin, pieces[p, 3]
             )
+
+
+@kernel
+def take_unwritten(buffer, shape, places, wanted, keys, owners, identities, out, fates):
+    """Copy to `out` what still waits in a write buffer; note in `fates` uint8 [n] what is another's.
+
+    Record wanted[i] of `keys` and `owners` is record places[i] of the buffer at this address, `shape` is
+    as in `pack_entries`. It goes to out + wanted[i] * record bytes.
+    """
+    record_bytes, group_pages, group_records, starts, pieces = shape
+    for i in range(wanted.size):
+        r = wanted[i]
+        group, inside = (
+            buffer + places[i] // group_records * group_pages * PAGE_BYTES,
+            places[i] % group_records,
+        )
+        for p in range(starts[inside], starts[inside + 1]):
+            entry, begin = group + pieces[p, 0] * PAGE_BYTES + pieces[p, 1], pieces[p, 2]
+            if is_entry_of(entry, keys[r], owners[r], identities, begin, record_bytes):
+                copy_bytes(out + r * record_bytes + begin, entry + IDENTITY_BYTES, pieces[p, 3])
+            else:
+                fates[r] = FOREIGN
 
 
 @kernel

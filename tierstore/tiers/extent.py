@@ -61,9 +61,12 @@ class ExtentRead:
         self._staging, self._deadline, self._hint = staging, deadline, hint
         self._sequences = extent.index.probe(keys, owners, extent.writer.oldest)
         self.missing = np.flatnonzero(self._sequences < 0)
-        asked = np.flatnonzero(self._sequences >= 0)
-        self._fates = np.full(keys.size, UNASKED, np.uint8)
-        self._fates[asked] = GOOD
+        self._fates = np.where(self._sequences < 0, UNASKED, GOOD).astype(np.uint8)
+        unwritten = extent.writer.take(self._sequences, keys, owners, out, self._fates)
+        extent.counters.add(extent_unwritten=unwritten.size)
+        on_disk = self._sequences >= 0
+        on_disk[unwritten] = False
+        asked = np.flatnonzero(on_disk)
         record_bytes = extent.geometry.record_bytes
         pieces = extent.geometry.pieces(self._sequences[asked], asked * record_bytes)
         run_pages_max = min(extent.run_pages_max, staging.capacity_pages)

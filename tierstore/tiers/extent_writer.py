@@ -1,7 +1,8 @@
 """Writing records into an extent, one after another, round and round, in the background.
 
-Records are copied into a write buffer; a full one is sealed and written in one go by a thread, and only
-then does the index learn of its records. Before a group is overwritten its old records count as gone.
+Records are copied into a write buffer, which answers for them until they are written: what DRAM has just
+dropped is the likeliest to be asked for again. A full buffer is sealed and written in one go by a thread.
+Before a group is overwritten its old records count as gone.
 Nobody waits for a write: what finds no free buffer, or would exceed the configured bytes a second, is
 dropped and counted. A disk that refuses a write ends writing, not serving.
 """
@@ -22,7 +23,7 @@ from tierstore.format.direct import aligned_bytes, write_all
 from tierstore.format.geometry import PAGE_BYTES
 from tierstore.format.header import uuid_words
 from tierstore.kernels.checksum import seal_pages
-from tierstore.kernels.extent import pack_entries
+from tierstore.kernels.extent import pack_entries, take_unwritten
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.extent_file import ExtentFile
 from tierstore.tiers.extent_index import ExtentIndex
@@ -93,6 +94,7 @@ class ExtentWriter:
         self._free = [WriteBuffer(groups * g.group.pages, self._buffer_records) for _ in range(buffers)]
         self._filling: WriteBuffer | None = None
         self._full: deque[WriteBuffer] = deque()
+        self._unwritten: deque[WriteBuffer] = deque()  # the one being written, the full ones, the one filled
         self._next = file.next_sequence
         self._broken = self._closing = self._busy = self._unsaved = False
         self._changed = threading.Condition()
@@ -128,6 +130,7 @@ class ExtentWriter:
                 buffer.pages.ctypes.data, buffer.count, self._geometry.shape, keys[:count], owners[:count],
                 self.identities, source, places[:count], buffer.hashes,
             )  # fmt: skip
+            self.index.insert(buffer.hashes[buffer.count :], buffer.first + buffer.count, count)
             buffer.count += count
             if buffer.count == buffer.room:
                 self._hand_over()
@@ -140,7 +143,29 @@ class ExtentWriter:
             buffer.first, buffer.count = self._next, 0
             slots = self._geometry.slots
             buffer.room = min(self._buffer_records, slots - self._next % slots)
+            self._unwritten.append(buffer)
         return self._filling
+
+    def take(
+        self, sequences: np.ndarray, keys: np.ndarray, owners: np.ndarray, out: int, fates: np.ndarray
+    ) -> np.ndarray:
+        """Copy records that are not written yet; positions int64 of those that were here.
+
+        Record i goes to address `out`, place i. `fates` uint8 [n] tells which are another's.
+        """
+        taken = np.zeros(sequences.size, bool)
+        with self._changed:
+            first = self._unwritten[0].first if self._unwritten else self._next
+            recent = np.flatnonzero(sequences >= first)
+            for buffer in self._unwritten if recent.size else ():
+                places = sequences[recent] - buffer.first
+                here = (places >= 0) & (places < buffer.count)
+                take_unwritten(
+                    buffer.pages.ctypes.data, self._geometry.shape, places[here], recent[here], keys, owners,
+                    self.identities, out, fates,
+                )  # fmt: skip
+                taken[recent[here]] = True
+        return np.flatnonzero(taken)
 
     def _hand_over(self) -> None:
         """Let the thread write what there is; from now on its place in the file is its own."""
@@ -184,14 +209,16 @@ class ExtentWriter:
                 self._give_up(error)
         if written:
             self._allowance.spend(int(pages.nbytes - written * g.bytes_per_record))  # a group begun
-            self.index.insert(buffer.hashes, buffer.first, written)
             self._unsaved = True
+        else:
+            self.index.withdraw(buffer.hashes, buffer.first, buffer.count)
         self._counters.add(
             extent_written=written,
             extent_dropped=buffer.count - written,
             extent_bytes_written=pages.nbytes if written else 0,
         )
         with self._changed:
+            self._unwritten.popleft()
             self._free.append(buffer)
             self._busy = False
             self._changed.notify_all()

@@ -13,6 +13,7 @@ import pytest
 import xxhash
 
 from engram_client.arena.layout import ORDER_BITS
+from tierstore.kernels.extent import FOREIGN, GOOD
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.extent_file import ExtentFile, open_extent, table_identities
 from tierstore.tiers.extent_index import ExtentIndex
@@ -106,6 +107,45 @@ def test_round_and_round(tmp_path: Path, closing: list[Made], record_bytes: int,
             expected = (key, bytes.fromhex(GENERATION), content(np.array([key]), record_bytes).tobytes())
             assert read_record(data, g, made.file.uuid, sequence) == expected
     assert (made.known(np.arange(g.slots // 2)) == -1).all(), "they were overwritten"
+
+
+def take(made: Made, keys: np.ndarray, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions taken, the bytes at every place, and fates."""
+    out = np.zeros((keys.size, made.file.geometry.record_bytes), np.uint8)
+    fates = np.full(keys.size, GOOD, np.uint8)
+    owners = np.full(keys.size, OWNER)
+    return made.writer.take(sequences, keys, owners, out.ctypes.data, fates), out, fates
+
+
+@pytest.mark.parametrize("record_bytes", [2112, 1280, 9000])
+def test_what_waits_to_be_written_can_be_had(tmp_path: Path, closing: list[Made], record_bytes: int) -> None:
+    made = make(tmp_path, record_bytes, 9 * 500, buffer_bytes=8 << 20)
+    closing.append(made)
+    keys = np.arange(10)  # too few to fill a buffer, so nobody writes them
+    made.offer(keys)
+    sequences = made.known(keys)
+    assert (sequences >= 0).all()
+    taken, out, fates = take(made, keys, sequences)
+    assert taken.tolist() == keys.tolist()
+    assert (fates == GOOD).all()
+    assert np.array_equal(out, content(keys, record_bytes))
+    made.writer.flush()
+    assert take(made, keys, sequences)[0].size == 0, "by now they are to be read"
+    assert (made.known(keys) == sequences).all()
+
+
+def test_what_waits_is_never_taken_for_another(tmp_path: Path, closing: list[Made]) -> None:
+    """As after a crash: an index that knows records which were never written."""
+    made = make(tmp_path, 2112, 4500, buffer_bytes=8 << 20)
+    closing.append(made)
+    keys = np.arange(10)
+    made.offer(keys)
+    strangers = np.array([100, 101, 102, 103])
+    sequences = made.known(keys)[[3, 9, 0, 0]] + [0, 1, 1000, -1]
+    taken, out, fates = take(made, strangers, sequences)
+    assert taken.tolist() == [0]
+    assert fates.tolist() == [FOREIGN, GOOD, GOOD, GOOD], "the others are to be read"
+    assert not out.any()
 
 
 def test_what_is_written_survives_a_restart_and_goes_on_behind_it(
