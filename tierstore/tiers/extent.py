@@ -23,7 +23,16 @@ from tierstore.config import Config, Nvme
 from tierstore.devices.base import PageReader, PageReadFailed
 from tierstore.format.geometry import PAGE_BYTES
 from tierstore.format.header import uuid_words
-from tierstore.kernels.extent import DAMAGED, FOREIGN, GOOD, UNASKED, UNREAD, pack_entries, take_entries
+from tierstore.kernels.extent import (
+    DAMAGED,
+    FOREIGN,
+    GOOD,
+    UNASKED,
+    UNREAD,
+    pack_entries,
+    take_entries,
+    take_unwritten,
+)
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.extent_file import open_extent, remove_other_extents, table_identities
 from tierstore.tiers.extent_index import ExtentIndex
@@ -159,6 +168,11 @@ class Extent:
         none, pages = np.zeros(0, np.int64), np.zeros((1, PAGE_BYTES // 8), np.uint64)
         self.index.insert(none, 0, 0)
         self.index.remove(none, none, none)
+        self.index.withdraw(none, 0, 0)
+        take_unwritten(
+            pages.ctypes.data, self.geometry.shape, none, none, none, none, self.identities, 0,
+            np.zeros(0, np.uint8),
+        )  # fmt: skip
         pack_entries(
             pages.ctypes.data, 0, self.geometry.shape, none, none, self.identities, 0, none, none
         )  # fmt: skip
