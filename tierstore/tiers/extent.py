@@ -72,7 +72,7 @@ class ExtentRead:
         self.missing = np.flatnonzero(self._sequences < 0)
         self._fates = np.where(self._sequences < 0, UNASKED, GOOD).astype(np.uint8)
         unwritten = extent.writer.take(self._sequences, keys, owners, out, self._fates)
-        extent.counters.add(extent_unwritten=np.count_nonzero(self._fates[unwritten] == GOOD))
+        extent.counters.add(extent_unwritten=int(np.count_nonzero(self._fates[unwritten] == GOOD)))
         on_disk = self._sequences >= 0
         on_disk[unwritten] = False
         asked = np.flatnonzero(on_disk)
