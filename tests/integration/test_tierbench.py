@@ -135,6 +135,10 @@ def test_extent(capsys: pytest.CaptureFixture[str], data: Path) -> None:
     assert (ours["seen_missed"], ours["new_missed"]) == (bare["seen_missed"], bare["new_missed"])
     assert bare["extent_hits"] == 0 < ours["extent_hits"]
     assert 1 <= ours["pages_per_seen_record"] < bare["pages_per_seen_record"] <= 8
+    assert 0 < ours["reads_per_seen_record"] < ours["pages_per_seen_record"]
+    assert ours["reads_per_seen_record_clairvoyant"] == 1 < bare["reads_per_seen_record_clairvoyant"]
+    assert len(ours["by_part"]) == 10
+    assert ours["by_part"][-1]["filled"] == pytest.approx(ours["extent_filled"], rel=0.2)
 
 
 def test_wrong_sizes_are_one_line(capsys: pytest.CaptureFixture[str], data: Path) -> None:
