@@ -27,7 +27,7 @@ from tests.support.stores import (
 )
 from tierstore.config import Config, Dram, Limits, Nvme, memory_limit
 from tierstore.store import open_store
-from tierstore.tiers.dram import share_budget
+from tierstore.tiers.shares import share_budget
 from tierstore.tiers.staging import BUFFERS_MAX
 
 

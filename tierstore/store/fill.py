@@ -120,7 +120,9 @@ class Filler:
         entries, owners = wanted.entries[mine], wanted.owners[mine]
         if not entries.size:
             return
-        self._bring(access, entries, owners, staging, deadline, hint=out is None)
+        pages = self._bring(access, entries, owners, staging, deadline, hint=out is None)
+        if arena is not None:
+            arena.note_pages(pages)
         records = staging.records.ctypes.data
         if out is not None:
             place_of = np.cumsum(mine) - 1
@@ -138,10 +140,13 @@ class Filler:
         deadline: Deadline,
         *,
         hint: bool,
-    ) -> None:
-        """Put records together in the staging buffer: whole from the extent, or from their rows."""
+    ) -> int:
+        """Put records together in the staging buffer: whole from the extent, or from their rows.
 
-        def read_rows(which: np.ndarray, beside: tuple[Sweep, ...] = ()) -> None:
+        Returns how many pages that takes, where no two rows share one.
+        """
+
+        def read_rows(which: np.ndarray, beside: tuple[Sweep, ...] = ()) -> int:
             row_ids = access.row_ids(entries[which], owners[which])
             inside = np.arange(row_ids.shape[1]) * table.spec.row_bytes
             targets = which[:, None] * access.entry_bytes + inside
@@ -150,17 +155,16 @@ class Filler:
                 hint=hint, beside=beside,
             )  # fmt: skip
             self._counters.add(records_read=which.size)
+            return row_ids.size
 
         table, records = access.table, staging.records.ctypes.data
         extent = self._extents.extent(access.entry_bytes) if access.in_extent else None
         if extent is None:
-            read_rows(np.arange(entries.size))
-            return
+            return read_rows(np.arange(entries.size))
         found = extent.read(entries, owners, records, staging, deadline, hint=hint)
-        read_rows(found.missing, (found,))
+        pages = entries.size - found.missing.size + read_rows(found.missing, (found,))
         failed = found.settle()
-        if failed.size:
-            read_rows(failed)
+        return pages + (read_rows(failed) if failed.size else 0)
 
     def _keep(
         self,

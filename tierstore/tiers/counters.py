@@ -28,6 +28,7 @@ NAMES = (
     "records_restored",  # from the snapshot of an earlier run
     "snapshot_bytes_read",
     "records_moved",  # kept while the DRAM budget was changed
+    "dram_balanced",  # times that some of the budget went from one record size to another
     "extent_hits",  # records that came whole from the record extent
     "extent_misses",  # records that were looked for there and did not
     "extent_false",  # of these: another record lay there
