@@ -39,13 +39,15 @@ class PageReader(Protocol):
         buffer: int,
         *,
         hint: bool,
+        after: PageRead | None = None,
     ) -> PageRead:
         """Begin to read: run i, `page_counts[i]` pages from page `first_pages[i]` on, lands at slot
         `slots[i]`.
 
         Arrays int64 [runs], at least one run; `buffer` is the address of a page-aligned buffer of
         4096-byte slots, which the caller keeps until the read has ended. `hint` says that nobody
-        waits yet: reads that somebody waits for go first.
+        waits yet: reads that somebody waits for go first. No run is begun before all runs of `after`,
+        a read of the same reader and kind, have been; nothing is said about which ends first.
         """
 
     def close(self) -> None:

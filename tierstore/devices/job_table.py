@@ -16,10 +16,10 @@ import numpy as np
 
 from engram_client.deadline import Deadline
 from engram_client.errors import Unavailable
-from tierstore.devices.base import PageReadFailed
+from tierstore.devices.base import PageRead, PageReadFailed
 from tierstore.kernels import jobs
 
-PLACES = 64  # more than there are staging buffers to read into
+PLACES = 64  # more than there are windows in all staging buffers
 SLICE_S = 0.1  # of a wait, so that signals are noticed
 
 
@@ -50,11 +50,13 @@ class JobTable:
         buffer: int,
         *,
         hint: bool,
+        after: PageRead | None,
     ) -> Job:
         """Begin to read runs; the arrays, int64, belong to the job until it has ended."""
         if not any(thread.is_alive() for thread in self._threads):
             raise Unavailable("the page reader is closed")
-        return Job(self, self._free.get(), fd, (first_pages, page_counts, slots), buffer, hint)
+        assert after is None or isinstance(after, Job), "a read of this reader"
+        return Job(self, self._free.get(), fd, (first_pages, page_counts, slots), buffer, hint, after)
 
     def words_of(self, place: int) -> np.ndarray:
         start = jobs.HEADER_WORDS + place * jobs.JOB_WORDS
@@ -85,13 +87,17 @@ class Job:
         runs: tuple[np.ndarray, np.ndarray, np.ndarray],
         buffer: int,
         hint: bool,
+        after: Job | None,
     ) -> None:
         self._table = table
         self._place: int | None = place
         self._runs = tuple(np.ascontiguousarray(a) for a in runs)  # alive until the job has ended
         addresses = [a.ctypes.data for a in self._runs]
         count = self._runs[0].size
-        jobs.open_job(table.address, place, int(hint), fd, count, *addresses, buffer, table.workers)
+        before = after.ticket if after else jobs.NOBODY
+        self.ticket: int = jobs.open_job(
+            table.address, place, int(hint), fd, count, *addresses, buffer, before, table.workers
+        )
 
     def ended(self) -> bool:
         """Whether no read of this job is under way any more."""
@@ -136,8 +142,9 @@ class JobReader:
         buffer: int,
         *,
         hint: bool,
+        after: PageRead | None = None,
     ) -> Job:
-        return self._table.open(fd, first_pages, page_counts, slots, buffer, hint=hint)
+        return self._table.open(fd, first_pages, page_counts, slots, buffer, hint=hint, after=after)
 
     def close(self) -> None:
         self._table.close()

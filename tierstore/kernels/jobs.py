@@ -2,7 +2,9 @@
 
 A *job* is the runs of one request. Worker threads claim one run at a time: of jobs that
 somebody waits for first, of hints only when there is none, and in turn between the jobs of one kind,
-so a large job does not hold up a small one.
+so a large job does not hold up a small one. A job may be told to come after another: none of its runs is
+claimed while the other has unclaimed ones, so the windows of one request are read in order, in
+one request's turn.
 
     header    word 0  epoch    counts submissions; idle workers sleep on it
               word 1  stopping
@@ -18,6 +20,9 @@ so a large job does not hold up a small one.
               word 9  errno of the first failure, 0
               word 10 its page
               word 11 ended    1 once all runs have; waiters sleep on it
+              word 12 before   the ticket of the job that goes first, or NOBODY
+
+A ticket is generation << 8 | place. Where its generation is over, that job has ended long since.
 
 A claim is one compare-and-swap of `next`. It succeeds only if the generation is the one the worker
 read the job's other words under, so a place that was given to another job in between cannot be
@@ -40,8 +45,11 @@ from tierstore.kernels.futex import EVERYBODY, sleep_while, wake
 
 HEADER_WORDS, JOB_WORDS = 16, 16
 EPOCH, STOPPING = 0, 8
-NEXT, HINT, FD, RUNS, FIRST_PAGES, PAGE_COUNTS, SLOTS, BUFFER, DONE, ERRNO, PAGE, ENDED = range(0, 96, 8)
+NEXT, HINT, FD, RUNS, FIRST_PAGES, PAGE_COUNTS, SLOTS, BUFFER, DONE, ERRNO, PAGE, ENDED, BEFORE = range(
+    0, 104, 8
+)
 GENERATION_SHIFT, RUN_MASK = 32, 0xFFFFFFFF
+TICKET_SHIFT, PLACE_MASK, NOBODY = 8, 0xFF, -1
 RUNS_MAX = 2**31
 
 
@@ -51,18 +59,36 @@ def job_at(table, place):
 
 
 @inline_kernel
+def must_wait(table, job):
+    """Whether the job that goes first has unclaimed runs."""
+    ticket = load_word(job + BEFORE)
+    if ticket == NOBODY:
+        return False
+    first = job_at(table, ticket & PLACE_MASK)
+    word = load_acquire(first + NEXT)
+    over = word >> GENERATION_SHIFT != ticket >> TICKET_SHIFT
+    return not over and word & RUN_MASK < load_word(first + RUNS)
+
+
+@inline_kernel
 def claim_of_kind(table, places, start, hint):
     """Claim a run of a job of this kind; (place, run) or (-1, 0)."""
-    for k in range(places):
-        place = (start + k) % places
-        job = job_at(table, place)
-        while True:
-            word = load_acquire(job + NEXT)
-            run = word & RUN_MASK
-            if run >= load_word(job + RUNS) or load_word(job + HINT) != hint:
-                break
-            if compare_and_swap(job + NEXT, word, word + 1):
-                return place, run
+    waiting = True
+    while waiting:  # who waits may go as soon as another worker has claimed the last run before it
+        waiting = False
+        for k in range(places):
+            place = (start + k) % places
+            job = job_at(table, place)
+            while True:
+                word = load_acquire(job + NEXT)
+                run = word & RUN_MASK
+                if run >= load_word(job + RUNS) or load_word(job + HINT) != hint:
+                    break
+                if must_wait(table, job):
+                    waiting = True
+                    break
+                if compare_and_swap(job + NEXT, word, word + 1):
+                    return place, run
     return -1, 0
 
 
@@ -92,8 +118,11 @@ def note_failure(job, errno, page):
 
 
 @kernel
-def open_job(table, place, hint, fd, runs, first_pages, page_counts, slots, buffer, workers):
-    """Fill a free place, let its runs be claimed, and wake up to `workers` idle workers."""
+def open_job(table, place, hint, fd, runs, first_pages, page_counts, slots, buffer, before, workers):
+    """Fill a free place, let its runs be claimed, and wake up to `workers` idle workers; its ticket.
+
+    `before` is the ticket of a job of the same kind that goes first, or NOBODY.
+    """
     job = job_at(table, place)
     generation = (load_word(job + NEXT) >> GENERATION_SHIFT) + 1
     store_release(job + NEXT, (generation << GENERATION_SHIFT) | RUNS_MAX)
@@ -107,9 +136,11 @@ def open_job(table, place, hint, fd, runs, first_pages, page_counts, slots, buff
     store_word(job + DONE, 0)
     store_word(job + ERRNO, 0)
     store_word(job + ENDED, 0)
+    store_word(job + BEFORE, before)
     store_release(job + NEXT, generation << GENERATION_SHIFT)
     fetch_add(table + EPOCH, 1)
     wake(table + EPOCH, min(runs, workers))
+    return (generation << TICKET_SHIFT) | place
 
 
 @kernel

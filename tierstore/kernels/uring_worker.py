@@ -47,7 +47,7 @@ IO_URING_ENTER, GET_EVENTS = 426, 1
 OP_READ = 22
 SQE_BYTES, CQE_BYTES = 64, 16
 EBUSY = 16
-FULL_BATCH = 4  # completions to wait for at once while the queue is deep
+FULL_BATCH = 1  # completions to wait for at once while the queue is deep
 
 
 @inline_kernel

@@ -107,7 +107,10 @@ class SimulatedDevice:
         buffer: int,
         *,
         hint: bool,
+        after: PageRead | None = None,
     ) -> SimulatedRead:
+        """As `PageReader.start`; `after` is kept by itself, as each read begins inside its `wait`."""
+
         def start_inner() -> PageRead:
             return self._inner.start(fd, first_pages, page_counts, slots, buffer, hint=hint)
 

@@ -87,15 +87,21 @@ class NvmeTier:
 
     def start(self, reading: Reading, window: Window, pages: np.ndarray) -> Landing:
         runs = (window.run_first_pages, window.run_page_counts, window.run_slots)
-        return Landing(window, pages, self._read(reading, *runs, pages))
+        return Landing(window, pages, self._read(reading, *runs, pages, after=reading.staging.last_read))
 
     def _read(
-        self, reading: Reading, firsts: np.ndarray, counts: np.ndarray, slots: np.ndarray, pages: np.ndarray
+        self,
+        reading: Reading,
+        firsts: np.ndarray,
+        counts: np.ndarray,
+        slots: np.ndarray,
+        pages: np.ndarray,
+        after: PageRead | None = None,
     ) -> PageRead:
         """Start a read; the staging buffer must know of it as long as it is under way."""
         self._counters.add(nvme_reads=firsts.size, nvme_bytes=int(counts.sum()) * PAGE_BYTES)
         read = self._reader.start(
-            reading.file.fd, firsts, counts, slots, pages.ctypes.data, hint=reading.hint
+            reading.file.fd, firsts, counts, slots, pages.ctypes.data, hint=reading.hint, after=after
         )
         reading.staging.reads.append(read)
         return read
