@@ -28,13 +28,15 @@ from tierstore.kernels.futex import sleep_while
 from tierstore.kernels.jobs import (
     BUFFER,
     EPOCH,
+    FAILED,
     FD,
     FIRST_PAGES,
+    LANDED,
     PAGE_COUNTS,
     SLOTS,
     STOPPING,
     claim_run,
-    end_runs,
+    end_run,
     job_at,
     note_failure,
 )
@@ -84,10 +86,12 @@ def complete(table, ring, ops, op, result):
     if result in (-EINTR, -EAGAIN) or (result > 0 and ops[op, 2] < run_bytes(job, run)):
         push_read(ring, op, job, run, ops[op, 2])
         return False
+    fate = LANDED
     if result <= 0:
+        fate = FAILED
         first = load_word(load_word(job + FIRST_PAGES) + 8 * run)
         note_failure(job, -result if result < 0 else EIO, first + ops[op, 2] // PAGE_BYTES)
-    end_runs(job, 1)
+    end_run(job, run, fate)
     return True
 
 
@@ -98,7 +102,7 @@ def give_up(table, ops, free, free_count, errno):
         if not (free[:free_count] == op).any():
             job = job_at(table, ops[op, 0])
             note_failure(job, errno, load_word(load_word(job + FIRST_PAGES) + 8 * ops[op, 1]))
-            end_runs(job, 1)
+            end_run(job, ops[op, 1], FAILED)
 
 
 @kernel

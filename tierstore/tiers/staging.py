@@ -22,29 +22,27 @@ from tierstore.format.direct import aligned_bytes
 from tierstore.format.geometry import PAGE_BYTES
 
 PAGES_BYTES_MAX = 8 << 20
-WINDOWS_MAX = 8  # windows of 256 pages: a deep queue stays full while one of them is checked and copied
-WINDOW_PAGES_MIN = 32
 BUFFERS_MAX = 4  # concurrent readers; more share the disk no better
 LOOK_AGAIN_S = 0.05  # for set-aside buffers, while all others are taken
 
 
 @dataclass
 class Staging:
-    """Room for one reader: pages as they land, window by window, and records as they are put together."""
+    """Room for one reader: pages as they land, and records as they are put together.
 
-    windows: np.ndarray  # uint64 [windows, capacity, 512], page aligned
+    Rows are streamed through the ring (nvme.py); records from the extent land in the halves, window by
+    window (windows.py). A batch that needs both reads both at a time.
+    """
+
+    ring: np.ndarray  # uint64 [capacity, 512], page aligned
+    halves: tuple[np.ndarray, np.ndarray]  # uint64 [capacity, 512] each, page aligned
     records: np.ndarray  # uint8 [bytes]
-    reads: list[PageRead] = field(default_factory=list)  # that were started into the windows
+    reads: list[PageRead] = field(default_factory=list)  # that were started into the pages
 
     @property
     def capacity_pages(self) -> int:
-        """Of one window."""
-        return int(self.windows.shape[1])
-
-    @property
-    def last_read(self) -> PageRead | None:
-        """What was started last and may still be under way."""
-        return self.reads[-1] if self.reads else None
+        """Of one half."""
+        return self.halves[0].shape[0]
 
     def at_rest(self) -> bool:
         """Whether nothing is being read into it."""
@@ -62,17 +60,15 @@ class StagingPool:
     def __init__(self, budget_bytes: int, record_bytes_max: int) -> None:
         """Raises ConfigError where a buffer could not hold the largest record and its pages."""
         share = budget_bytes // BUFFERS_MAX // PAGE_BYTES * PAGE_BYTES
-        pages = min(share // 2, PAGES_BYTES_MAX) // PAGE_BYTES
-        windows = min(max(2, pages // WINDOW_PAGES_MIN), WINDOWS_MAX)
-        window_bytes = pages // windows * PAGE_BYTES
-        self.record_bytes = share - windows * window_bytes
-        if not window_bytes or self.record_bytes < record_bytes_max:
-            enough = 2 * BUFFERS_MAX * (record_bytes_max + 2 * PAGE_BYTES)
+        half = min(share // 2, PAGES_BYTES_MAX) // 4 // PAGE_BYTES * PAGE_BYTES
+        self.record_bytes = share - 4 * half
+        if half < PAGE_BYTES or self.record_bytes < record_bytes_max:
+            enough = 2 * BUFFERS_MAX * (record_bytes_max + 4 * PAGE_BYTES)
             raise ConfigError(
                 f"$.nvme.staging_bytes: {budget_bytes} leaves {self.record_bytes} bytes a buffer for "
                 f"records, the largest has {record_bytes_max}; give at least {enough}"
             )
-        self._free = [_staging(windows, window_bytes, self.record_bytes) for _ in range(BUFFERS_MAX)]
+        self._free = [_staging(half, self.record_bytes) for _ in range(BUFFERS_MAX)]
         self._set_aside: list[Staging] = []
         self._changed = threading.Condition()
 
@@ -109,8 +105,8 @@ class StagingPool:
             return not self._set_aside
 
 
-def _staging(windows: int, window_bytes: int, record_bytes: int) -> Staging:
-    page_bytes = windows * window_bytes
-    memory = aligned_bytes(page_bytes + record_bytes)
-    pages = memory[:page_bytes].view(np.uint64).reshape(windows, -1, PAGE_BYTES // 8)
-    return Staging(pages, memory[page_bytes:])
+def _staging(half_bytes: int, record_bytes: int) -> Staging:
+    memory = aligned_bytes(4 * half_bytes + record_bytes)
+    halves = memory[: 2 * half_bytes].view(np.uint64).reshape(2, -1, PAGE_BYTES // 8)
+    ring = memory[2 * half_bytes : 4 * half_bytes].view(np.uint64).reshape(-1, PAGE_BYTES // 8)
+    return Staging(ring, (halves[0], halves[1]), memory[4 * half_bytes :])
