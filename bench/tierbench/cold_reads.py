@@ -63,6 +63,7 @@ class ColdTable:
         self._table = self._client.table(prepared.spec.name)
         self.geometry = RowFile.open(prepared.row_file).geometry
         self._row_bytes = prepared.spec.row_bytes
+        self._table.lookup([0], timeout=None)  # kernels may have to be compiled, however long it takes
 
     def lookup(self, row_ids: np.ndarray) -> np.ndarray:
         return np.asarray(self._table.lookup(row_ids))
@@ -77,9 +78,10 @@ class ColdTable:
 
         def call_on(batches: Iterator[np.ndarray]) -> None:
             out = np.empty((batch_rows, self._row_bytes), np.uint8)
-            while time.perf_counter() < until:
-                ids = next(batches)
+            for ids in batches:
                 self._table.lookup_into(ids, out[: ids.size])
+                if time.perf_counter() >= until:
+                    break
 
         with ThreadPoolExecutor(callers) as pool:
             list(pool.map(call_on, prepared))

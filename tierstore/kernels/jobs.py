@@ -50,7 +50,7 @@ NEXT, HINT, FD, RUNS, FIRST_PAGES, PAGE_COUNTS, SLOTS, BUFFER, DONE, ERRNO, PAGE
 GENERATION_SHIFT, RUN_MASK = 32, 0xFFFFFFFF
 RUNS_MAX = 2**31
 UNREAD, LANDED, FAILED = range(3)
-WAKE_EVERY = 64  # runs of a stream that have ended
+WAKE_EVERY = 128  # runs of a stream that have ended
 
 
 @inline_kernel

@@ -49,7 +49,6 @@ IO_URING_ENTER, GET_EVENTS = 426, 1
 OP_READ = 22
 SQE_BYTES, CQE_BYTES = 64, 16
 EBUSY = 16
-FULL_BATCH = 1  # completions to wait for at once while the queue is deep
 
 
 @inline_kernel
@@ -130,8 +129,7 @@ def drive_ring_until_stopped(table, places, ring, depth):
                 return 0
             sleep_while(table + EPOCH, epoch, IDLE_NS, scratch.ctypes.data)
             continue
-        wanted = min(busy, FULL_BATCH) if busy > 4 * FULL_BATCH else 1
-        sent = system_call(IO_URING_ENTER, ring[RING_FD], unsent, wanted, GET_EVENTS, 0, 0)
+        sent = system_call(IO_URING_ENTER, ring[RING_FD], unsent, 1, GET_EVENTS, 0, 0)
         if sent >= 0:
             unsent -= sent
         elif sent not in (-EINTR, -EAGAIN, -EBUSY):
