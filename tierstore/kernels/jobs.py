@@ -89,7 +89,8 @@ def end_runs(job, count):
 
     A stream's reader is woken now and then, and when nothing is left to claim below its limit.
     """
-    runs, is_stream = load_word(job + RUNS), load_word(job + FATES) != 0  # after the count: another job's?
+    # Before the count: after it the place may be another job's. A wrong limit wakes somebody for nothing.
+    runs, is_stream = load_word(job + RUNS), load_word(job + FATES) != 0
     done = fetch_add(job + DONE, count) + count
     if done == runs:
         if is_stream:

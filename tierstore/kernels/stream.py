@@ -23,7 +23,8 @@ from tierstore.kernels.jobs import DONE, FAILED, UNREAD, raise_limit
 PAGE_BYTES = 4096
 RUN, PAGE, PIECE = range(3)  # where the loop stands: the next of each
 TAKEN_ALL, WAITING, READ_FAILED, WRONG_PAGE = range(4)
-RAISE_EVERY, RETURN_EVERY = 32, 4096  # runs taken
+RAISE_EVERY = 32  # runs taken
+DOZES_MAX = 4  # before the caller looks at its deadline
 
 
 @kernel
@@ -75,18 +76,19 @@ def take_run(first, end, slot, pages, page_of, offsets, lengths, targets, row_by
 
 @kernel
 def take_landed(words, runs, fates, wanted, row_bytes, ring, out, uuid, at, doze_ns):
-    """Take runs until all are, one needs help, or none lands within `doze_ns`; which of these.
+    """Take runs until all are, one needs help, or some have not landed after a few dozes; which of these.
 
     `words`: of the stream. `runs`: first_pages, page_counts, slots and starts int64 [runs]. `fates` uint32
     [runs]. `wanted`: pages int64 [m], and of each piece its page's number, its offset there, its length
     (int64 [0] where all have `row_bytes`) and its target, int64 [n]. `ring` uint64 [capacity, 512];
-    `out` an address; `uuid` two uint64; `at` int64 [3] is where to begin, and where it ended.
+    `out` an address; `uuid` two uint64; `at` int64 [3] is where to begin, and where it ended; `doze_ns`
+    is the longest sleep, 0 for none.
     """
     table, job, workers = words
     first_pages, page_counts, slots, starts = runs
     pages, page_of, offsets, lengths, targets = wanted
     timespec = np.empty(2, np.int64)
-    taken, dozed, limit = 0, False, at[RUN]
+    taken, dozes, limit = 0, 0, at[RUN]
     while at[RUN] < first_pages.size:
         run = at[RUN]
         done = load_acquire(job + DONE)
@@ -95,10 +97,10 @@ def take_landed(words, runs, fates, wanted, row_bytes, ring, out, uuid, at, doze
             limit = readable_runs(page_counts, starts, ring.shape[0], run, limit)
             raise_limit(table, job, limit, workers)
         if fate == UNREAD:
-            if dozed or doze_ns == 0 or taken >= RETURN_EVERY:
+            if doze_ns == 0 or dozes == DOZES_MAX:
                 return WAITING
             sleep_while(job + DONE, done, doze_ns, timespec.ctypes.data)
-            dozed = True
+            dozes += 1
             continue
         if fate == FAILED:
             return READ_FAILED
@@ -110,5 +112,4 @@ def take_landed(words, runs, fates, wanted, row_bytes, ring, out, uuid, at, doze
             return WRONG_PAGE
         at[RUN] += 1
         taken += 1
-        dozed = False
     return TAKEN_ALL

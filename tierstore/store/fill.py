@@ -19,9 +19,8 @@ from tierstore.tiers.nvme import NvmeTier
 from tierstore.tiers.staging import Staging, StagingPool
 from tierstore.tiers.windows import Sweep
 
-UNCACHED_ROWS_MAX = (
-    1 << 16
-)  # planned at once: a plan takes memory, and a disk is busy with these for a second
+# Planned at once: a plan takes memory, and these keep a disk busy for about a second.
+UNCACHED_ROWS_MAX = 1 << 16
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,12 +134,14 @@ class RowStream:
                 self._stream.words, self._runs, self._fates, wanted, row_bytes, reading.staging.ring,
                 reading.out, uuid, self._at, doze_ns,
             )  # fmt: skip
-            if state == TAKEN_ALL:
-                break
             if state == READ_FAILED:
                 self._read_run_again()
             elif state == WRONG_PAGE:
                 self._read_page_again()
+            elif state == TAKEN_ALL:
+                break
+        with suppress(PageReadFailed):  # what failed has been read again
+            self._stream.wait(reading.deadline)  # a moment: a worker has yet to say that it was the last
 
     def close(self) -> None:
         """Begin no further read; the staging buffer waits for those under way."""
