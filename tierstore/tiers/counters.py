@@ -33,7 +33,9 @@ NAMES = (
     "extent_false",  # of these: another record lay there
     "extent_damaged",  # of these: a page failed its checksum
     "extent_read_errors",
+    "extent_unwritten",  # records found in the write buffer: no read
     "extent_pages",  # distinct pages wanted
+    "extent_reads",  # read operations
     "extent_written",  # records
     "extent_dropped",  # records not written: the buffer was full, or the allowance used up
     "extent_bytes_written",  # indices included
