@@ -93,7 +93,7 @@ def test_cold(capsys: pytest.CaptureFixture[str], data: Path) -> None:
             if told["beside_fio"]:
                 assert_pairs(told["beside_fio"])
     assert found["fio"] or found["pread"]["fio"] is None
-    assert min(v for k, v in found["other_ways"].items() if k.endswith("rows_per_s")) > 0
+    assert min(v for v in found["other_ways"]["rows_per_s"].values() if v is not None) > 0
 
 
 def test_serve(capsys: pytest.CaptureFixture[str], data: Path) -> None:
