@@ -23,7 +23,7 @@ from engram_client.errors import BadRequest
 from engram_client.hashing.schemes import engram_schemes
 from engram_client.spec import HashScheme
 from tierbench.checkpoint import Progress, installed_tokenizer, write_checkpoint
-from tierbench.content import BLOCK_BYTES, Content, Random, block
+from tierbench.content import BLOCK_BYTES, Random, block
 from tierbench.models import EMBED_SCALE, Plan, PlannedTensor
 
 NAME, LAYER, SEED = "v41-shards", 1, 0
@@ -31,7 +31,7 @@ WEIGHT_BYTES, SCALE_BYTES = 256, 8  # of a row: E4M3, and E8M0 for each 32 of th
 ROW_BYTES = WEIGHT_BYTES + SCALE_BYTES
 LAYOUT_NAME = "layout.json"
 WEIGHTS = Random("e4m3")
-FIELDS: tuple[tuple[str, int, Content], ...] = (
+FIELDS: tuple[tuple[str, int, Random], ...] = (
     ("weight", WEIGHT_BYTES, WEIGHTS),
     ("scale", SCALE_BYTES, EMBED_SCALE),
 )
@@ -118,11 +118,11 @@ class ExpectedRows:
         """uint8 [n, ROW_BYTES] for row ids int64 [n]."""
         out = np.empty((row_ids.size, ROW_BYTES), np.uint8)
         shards = np.searchsorted(self._first, row_ids, side="right") - 1
-        for row, (row_id, shard) in zip(out, zip(row_ids.tolist(), shards.tolist(), strict=True), strict=True):
+        for row, row_id, shard in zip(out, row_ids.tolist(), shards.tolist(), strict=True):
             inside, at = row_id - int(self._first[shard]), 0
             for field, width, content in FIELDS:
                 which, start = divmod(inside * width, BLOCK_BYTES)
-                found = block(content, SEED, _tensor_name(shard, field), which)  # type: ignore[arg-type]
+                found = block(content, SEED, _tensor_name(shard, field), which)
                 row[at : at + width] = found[start : start + width]
                 at += width
         return out
