@@ -31,7 +31,7 @@ def consumed_table(folder: Path, table: ShardedTable) -> tuple[PreparedTable, di
 
     Raises StorageError where the disk has too little room, or `tierstore pack` fails.
     """
-    home = folder / f"v41-shards-{table.rows_per_head}"
+    home = folder / f"v41-{table.rows_per_head}-in-{table.shards}"
     store, note = home / "store", home / NOTE_NAME
     if not note.exists():
         checkpoint = home / "checkpoint"

@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--duration-s", type=float, default=600.0, metavar="S", help="of the calls (default: %(default)s)")
     add("--callers", type=int, default=2, metavar="N", help="processes that call (default: %(default)s)")
     add("--text-tokens", type=int, default=448, metavar="N", help="of one call (default: %(default)s)")
+    add("--tokens", type=int, metavar="N", help="of all text, which begins anew after them (default: all)")
     add("--cold-tokens", type=int, default=64, metavar="N", help="random ones more (default: %(default)s)")
     add("--check-period-s", type=float, default=2.0, metavar="S",
         help="between two calls of which a token's rows are checked (default: %(default)s)")  # fmt: skip
@@ -73,9 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     table = ShardedTable(args.rows_per_head, args.shards)
     prepared, packing = consumed_table(args.dir, table)
-    keys_file = args.dir / f"text-keys-{args.rows_per_head}.npy"
+    keys_file = args.dir / f"text-keys-{args.rows_per_head}-{args.tokens or 'all'}.npy"
     if not keys_file.exists():
-        np.save(keys_file, text_keys(args.dir, prepared.spec))
+        np.save(keys_file, text_keys(args.dir, prepared.spec, args.tokens))
     shutil.rmtree(prepared.store / "warm", ignore_errors=True)  # of an earlier run: this one starts cold
     results: dict[str, Any] = {
         "table": _table_told(prepared),
