@@ -49,6 +49,12 @@ class Transport(Protocol):
         undefined.
         """
 
+    def fetch(self, request: LookupRequest, entry_bytes: int, timeout_s: float | None) -> np.ndarray:
+        """As `lookup`, into memory that the transport has anyway or takes: uint8 [n, entry_bytes].
+
+        `entry_bytes` are those that the rows of one id, or one line of n-gram keys, come to.
+        """
+
     def hit_path(self, spec: TableSpec) -> HitPath | None:
         """A shorter way than `lookup` to whole records, where there is one.
 

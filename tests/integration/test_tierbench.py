@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tierbench import cli
 from tierbench.alternate import against_best, alternate, latencies_us, rate, rate_of_callers
 from tierbench.filled_arena import filled_arena
 
+PEERS = {"EngramDB server": "engramdb", "Mooncake EngramStore": "mooncake"}
 TINY = ["--rows-per-head", "2000", "--windows", "2", "--window-s", "0.02"]
 
 
@@ -75,7 +77,11 @@ def test_cold(capsys: pytest.CaptureFixture[str], data: Path) -> None:
 
 
 def test_serve(capsys: pytest.CaptureFixture[str], data: Path) -> None:
-    found = figures(capsys, data, "serve", *TINY, "--dram-bytes", "64MiB", "--different", "2")
+    sizes = ["--dram-bytes", "64MiB", "--different", "2", "--peer-rows-per-head", "1000"]
+    found = figures(capsys, data, "serve", *TINY, *sizes)
+    assert set(found["peers"]) == {name for name, package in PEERS.items() if find_spec(package)}
+    for peer in found["peers"].values():
+        assert_pairs(peer["rows_per_s"])
     for transport in ("tcp", "unix"):
         assert found[transport]["batch"]["rows_a_call"] == 171 * 24
         assert found[transport]["token"]["rows_a_call"] == 48

@@ -160,7 +160,8 @@ class Store:
         UnknownTable, GenerationMismatch, StorageError, DataCorrupt, DeadlineExceeded.
         """
         deadline = Deadline.after(timeout_s)
-        access, misses = self.lookup_hits(request, out)
+        access = self.access(request)
+        misses = self.lookup_hits(request, access, out)
         if misses.size:
             self.lookup_misses(request, access, misses, out, deadline)
 
@@ -174,10 +175,13 @@ class Store:
         keys_max = self.config.limits.lookup_bytes_max // spec.record_bytes
         return HitPath(self._gate, table, arena, self.counters, keys_max)
 
-    def lookup_hits(self, request: LookupRequest, out: np.ndarray) -> tuple[Access, np.ndarray]:
-        """The part of `lookup` that never waits: fill what DRAM holds, return what is missing."""
+    def access(self, request: LookupRequest) -> Access:
+        """How a request's entries are found; all of it is checked but its ids."""
         self._gate.check()
-        access = self.table(request.table).access(request)
+        return self.table(request.table).access(request)
+
+    def lookup_hits(self, request: LookupRequest, access: Access, out: np.ndarray) -> np.ndarray:
+        """The part of `lookup` that never waits: fill what DRAM holds, return what is missing."""
         self._check_out(request, access, out)
         ids = request.ids.reshape(-1)
         if arena := self._arena(access):
@@ -191,7 +195,7 @@ class Store:
             out.reshape(ids.size, access.part[1])[ids < 0] = 0
         hits = ids.size - masked - misses.size
         self.counters.add(lookups=1, keys=ids.size, masked=masked, dram_hits=hits, dram_misses=misses.size)
-        return access, misses
+        return misses
 
     def lookup_misses(
         self, request: LookupRequest, access: Access, misses: np.ndarray, out: np.ndarray, deadline: Deadline

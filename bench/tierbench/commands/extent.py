@@ -157,7 +157,8 @@ def _look_up(
 ) -> None:
     """Look a batch up as the daemon does, with two calls for what is missing: seen before, and new."""
     rows = out[: request.ids.size * store.table(request.table).spec.record_bytes]
-    access, misses = store.lookup_hits(request, rows)
+    access = store.access(request)
+    misses = store.lookup_hits(request, access, rows)
     before = seen[numbers[misses]]
     for known, chosen in ((True, misses[before]), (False, misses[~before])):
         if not chosen.size:
