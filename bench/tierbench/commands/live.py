@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=3, metavar="N", help="of shrinking and growing (default: %(default)s)")
     add("--phase-s", type=float, default=3.0, metavar="S", help="of a phase without a resize (default: 3)")
     add("--threads", type=count_list, default=(1, 2), metavar="N[,N]", help="that look up (default: 1,2)")
-    add("--resize-rows-per-head", type=int, default=2_000, metavar="N",
+    add("--resize-rows-per-head", type=int, default=300, metavar="N",
         help="of the table behind it; small ones fill an arena sooner (default: %(default)s)")  # fmt: skip
     add("--dram-bytes", type=size_argument, default=1 << 30, metavar="BYTES",
         help="budget of the daemon that is restarted (default: 1GiB)")  # fmt: skip
