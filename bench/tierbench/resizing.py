@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 
 from engram_client import Client, connect
-from engram_client.deadline import Deadline
 from engram_client.transport.base import LookupRequest
 from tierbench.daemon import running_daemon
 from tierbench.pauses import Call, Phases, copy_memory, looking
 from tierbench.prepared import PreparedTable
 from tierbench.process_memory import ProcessMemory
-from tierbench.timed_store import TimedStore, linked_store
+from tierbench.timed_store import TimedStore, linked_store, look_up
 from tierstore.config import Config, Dram
 from tierstore.store import Store
 
@@ -100,10 +99,7 @@ def store_call(store: Store, hot: np.ndarray, tokens: int) -> Call:
         if path(keys, out) is not None:
             return False
         request = LookupRequest(spec.name, spec.generation, "ngram", keys)
-        access, misses = store.lookup_hits(request, out.reshape(-1))
-        if misses.size:
-            store.lookup_misses(request, access, misses, out.reshape(-1), Deadline.after(None))
-        return bool(misses.size)
+        return look_up(store, request, out.reshape(-1)).size > 0
 
     return call
 

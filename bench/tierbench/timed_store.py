@@ -17,7 +17,7 @@ from engram_client.deadline import Deadline
 from engram_client.transport.base import LookupRequest
 from tierbench.prepared import PreparedTable, packed_tables
 from tierstore.config import Config
-from tierstore.store import open_store
+from tierstore.store import Store, open_store
 from tierstore.store.store import MakeReader, configured_reader
 
 
@@ -32,6 +32,15 @@ def linked_store(prepared: PreparedTable, folder: Path) -> Path:
 def _link_rows(source: str, target: str) -> str:
     (os.link if source.endswith(".rows") else shutil.copyfile)(source, target)
     return target
+
+
+def look_up(store: Store, request: LookupRequest, out: np.ndarray) -> np.ndarray:
+    """Look up as `Store.lookup` does; the positions that DRAM did not hold, int64."""
+    access = store.access(request)
+    misses = store.lookup_hits(request, access, out)
+    if misses.size:
+        store.lookup_misses(request, access, misses, out, Deadline.after(None))
+    return misses
 
 
 class TimedStore:
@@ -53,9 +62,7 @@ class TimedStore:
         """Look up int64 [tokens, orders]: seconds, and the flat positions that DRAM did not hold."""
         request, out = self._request(keys)
         started = time.perf_counter()
-        access, misses = self.store.lookup_hits(request, out)
-        if misses.size:
-            self.store.lookup_misses(request, access, misses, out, Deadline.after(None))
+        misses = look_up(self.store, request, out)
         return time.perf_counter() - started, misses
 
     def _request(self, keys: np.ndarray) -> tuple[LookupRequest, np.ndarray]:
@@ -74,7 +81,7 @@ class TimedStore:
         whole = np.ones(keys.size, bool)
         for start in range(0, len(keys), self._tokens_max):
             request, out = self._request(keys[start : start + self._tokens_max])
-            _, misses = self.store.lookup_hits(request, out)
+            misses = self.store.lookup_hits(request, self.store.access(request), out)
             whole[start * self.orders + misses] = False
         return keys[whole.reshape(keys.shape).all(axis=1)]
 
