@@ -62,13 +62,12 @@ class Phases:
             np.concatenate([np.array(getattr(looker, name)) for looker in lookers])
             for name in ("began_ns", "took_ns", "read")
         )
-        return {
-            kind: {
-                "phase_s": [(b - a) / 1e9 for a, b in spans],
-                **_calls_told(took[_overlapping(began, took, spans)], read[_overlapping(began, took, spans)]),
-            }
-            for kind, spans in self.spans_ns.items()
-        }
+        told = {}
+        for kind, spans in self.spans_ns.items():
+            chosen = _overlapping(began, took, spans)
+            calls = _calls_told(took[chosen], read[chosen])
+            told[kind] = {"phase_s": [(b - a) / 1e9 for a, b in spans], **calls}
+        return told
 
 
 def _overlapping(began: np.ndarray, took: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:

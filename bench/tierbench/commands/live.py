@@ -79,24 +79,25 @@ def _lines(results: dict[str, Any]) -> list[list[str]]:
     lines = []
     for name, found in results.items():
         if name != "restart":
-            lines += _resize_lines(name.replace("_", " "), found["phases"])
+            lines += _resize_lines(name.replace("_", " "), found)
     if "restart" in results:
         lines += _restart_lines(results["restart"])
     return lines
 
 
-def _resize_lines(label: str, phases: dict[str, Any]) -> list[list[str]]:
+def _resize_lines(label: str, found: dict[str, Any]) -> list[list[str]]:
+    phases = found["phases"]
+
     def longest(*kinds: str) -> str:
         return "  ".join(f"{kind} {phases[kind]['took_ms']['max']:.1f}" for kind in kinds) + " ms"
 
     def usual(*kinds: str) -> str:
         return "  ".join(f"{kind} {phases[kind]['took_ms']['p99.9']:.2f}" for kind in kinds) + " ms"
 
-    read = sum(phases[kind]["calls_that_read"] for kind in (SHRINK, GROW))
     return [
         [f"{label}: longest call", longest(SHRINK, GROW), longest(QUIET, BUSY), "<= 50 ms"],
         ["  p99.9", usual(SHRINK, GROW), usual(QUIET, BUSY), ""],
-        ["  calls that had to read", f"{read:,}", "", ""],
+        ["  records moved, and read anew", f"{found['records_moved']:,}, {found['records_read']:,}", "", ""],
     ]
 
 

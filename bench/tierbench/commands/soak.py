@@ -14,6 +14,7 @@ import argparse
 import multiprocessing
 import shutil
 import time
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -183,7 +184,7 @@ def _calls_told(args: argparse.Namespace, calls: list[Calls], looks: list[Look])
         chosen = took_ms[(ended_s >= a) & (ended_s < b)]
         if chosen.size:
             parts.append({"tokens_per_s": chosen.size * tokens / (b - a), "took_ms": summarize(chosen)})
-    failures = sum((c.failures for c in calls), start=type(calls[0].failures)())
+    failures = sum((c.failures for c in calls), start=Counter[str]())
     return {
         "tokens_a_call": tokens,
         "tokens": int(took_ms.size * tokens),
