@@ -45,6 +45,7 @@ class LateRead:
         left_s = deadline.remaining_s()
         late_s = max(0.0, self._due_s - time.monotonic())
         time.sleep(late_s if left_s is None else min(late_s, left_s))
+        deadline.check("waiting for a disk that answers late")
         self._inner.wait(deadline)
 
     def withdraw(self) -> None:
