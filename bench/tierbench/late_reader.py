@@ -1,55 +1,27 @@
-"""A disk that answers late: every read takes at least so long, without costing processor time meanwhile."""
+"""A disk that answers late: every read begins only after a pause, which costs no processor time."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
-import numpy as np
-
-from engram_client.deadline import Deadline
-from tierstore.devices.base import PageRead, PageReader
-
-
-class LateReader:
-    """See `PageReader`: in front of another one; reads end no sooner than `latency_s` after they began."""
-
-    def __init__(self, inner: PageReader, latency_s: float) -> None:
-        self._inner = inner
-        self._latency_s = latency_s
-
-    def start(
-        self,
-        fd: int,
-        first_pages: np.ndarray,
-        page_counts: np.ndarray,
-        slots: np.ndarray,
-        buffer: int,
-        *,
-        hint: bool,
-    ) -> LateRead:
-        read = self._inner.start(fd, first_pages, page_counts, slots, buffer, hint=hint)
-        return LateRead(read, time.monotonic() + self._latency_s)
-
-    def close(self) -> None:
-        self._inner.close()
+from tierstore.devices.base import PageReader
 
 
-class LateRead:
-    """See `PageRead`."""
+def late(reader: PageReader, latency_s: float) -> PageReader:
+    """The same reader: whoever begins a read with it, in whatever way it offers, sleeps so long first."""
+    begins = [name for name in vars(PageReader) if not name.startswith("_") and name != "close"]
+    for name in begins:
+        setattr(reader, name, _after_a_pause(getattr(reader, name), latency_s))
+    return reader
 
-    def __init__(self, inner: PageRead, due_s: float) -> None:
-        self._inner = inner
-        self._due_s = due_s
 
-    def wait(self, deadline: Deadline) -> None:
-        left_s = deadline.remaining_s()
-        late_s = max(0.0, self._due_s - time.monotonic())
-        time.sleep(late_s if left_s is None else min(late_s, left_s))
-        deadline.check("waiting for a disk that answers late")
-        self._inner.wait(deadline)
+def _after_a_pause(begin: Callable[..., Any], latency_s: float) -> Callable[..., Any]:
+    @wraps(begin)
+    def begin_late(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(latency_s)
+        return begin(*args, **kwargs)
 
-    def withdraw(self) -> None:
-        self._inner.withdraw()
-
-    def ended(self) -> bool:
-        return self._inner.ended()
+    return begin_late

@@ -4,7 +4,7 @@ First: a real trace (the standard library's sources) in a store with a DRAM budg
 table. bench/tierbench/separate_costs.py says how hits and misses are timed apart. The bar is 1.15.
 
 Second: one thread looks up what is in DRAM, one token or one batch a call, while another thread of the same
-store misses without a pause. The disk is the real one, or one that answers every read so many milliseconds
+store misses without a pause. The disk is the real one, or one where every read begins so many milliseconds
 late. The bar is that the slow disk does not slow the hits; `quiet` is the same without the second thread.
 A call that finds one of its records evicted is no hit: it is left out and counted.
 """
@@ -25,7 +25,7 @@ from engram_client.errors import BadRequest
 from tierbench.alternate import alternate
 from tierbench.delivery import add_common_arguments, deliver, size_argument
 from tierbench.hits_beside import HotCalls, meanwhile
-from tierbench.late_reader import LateReader
+from tierbench.late_reader import late
 from tierbench.prepared import PreparedTable, prepared_table
 from tierbench.record import compare, summarize
 from tierbench.separate_costs import Separated, separate
@@ -110,7 +110,7 @@ def _told(windows: list[Separated]) -> dict[str, Any]:
 
 
 def _late(latency_s: float, config: Config) -> PageReader:
-    return LateReader(configured_reader(config), latency_s)
+    return late(configured_reader(config), latency_s)
 
 
 def _beside_misses(args: argparse.Namespace, prepared: PreparedTable, scratch: Path) -> dict[str, Any]:
