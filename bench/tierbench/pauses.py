@@ -1,12 +1,16 @@
 """The longest gaps of look-ups while something else goes on, phase by phase.
 
-A looker calls without a pause and notes when each call began, how long it took and whether a record had to be
-read from NVMe. The main thread notes when each phase began and ended. A call belongs to every phase
-that it overlaps, so one that a phase held up is that phase's also where it ends after it.
+A looker calls without a pause and notes when each call began, how long it took, whether a record had to be
+read from NVMe, and whether its thread gave up the core meanwhile to wait for something, a lock or memory. A
+call that took long without such a wait was only taken off the core, by whatever else the machine had to do.
+
+The main thread notes when each phase began and ended. A call belongs to every phase that it overlaps, so
+one that a phase held up is that phase's also where it ends after it.
 """
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 from array import array
@@ -19,6 +23,8 @@ import numpy as np
 
 from tierbench.record import summarize
 
+BAR_MS = 50.0  # no pause beyond it may be a resize's doing
+LONGEST = 10  # calls that are told one by one
 Call = Callable[[int], bool]  # number of the call -> whether something had to be read
 
 
@@ -30,16 +36,23 @@ class Looker:
     began_ns: array[int] = field(default_factory=lambda: array("q"))
     took_ns: array[int] = field(default_factory=lambda: array("q"))
     read: array[int] = field(default_factory=lambda: array("b"))
+    waits: array[int] = field(default_factory=lambda: array("q"))
 
     def run(self, done: threading.Event) -> None:
-        clock, number = time.perf_counter_ns, 0
+        clock, number, waited = time.perf_counter_ns, 0, _waits_of_this_thread()
         while not done.is_set():
             before = clock()
             read = self.call(number)
             self.took_ns.append(clock() - before)
             self.began_ns.append(before)
             self.read.append(read)
+            waited_before, waited = waited, _waits_of_this_thread()
+            self.waits.append(waited - waited_before)
             number += 1
+
+
+def _waits_of_this_thread() -> int:
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
 @dataclass
@@ -58,15 +71,16 @@ class Phases:
 
     def told(self, lookers: Sequence[Looker]) -> dict[str, Any]:
         """By kind of phase: seconds of each phase, and what calls took, in milliseconds."""
-        began, took, read = (
+        began, took, read, waits = (
             np.concatenate([np.array(getattr(looker, name)) for looker in lookers])
-            for name in ("began_ns", "took_ns", "read")
+            for name in ("began_ns", "took_ns", "read", "waits")
         )
         told = {}
         for kind, spans in self.spans_ns.items():
             chosen = _overlapping(began, took, spans)
-            calls = _calls_told(took[chosen], read[chosen])
-            told[kind] = {"phase_s": [(b - a) / 1e9 for a, b in spans], **calls}
+            phase_s = [(b - a) / 1e9 for a, b in spans]
+            calls = _calls_told(took[chosen] / 1e6, read[chosen] != 0, waits[chosen] != 0, sum(phase_s))
+            told[kind] = {"phase_s": phase_s, **calls}
         return told
 
 
@@ -77,15 +91,22 @@ def _overlapping(began: np.ndarray, took: np.ndarray, spans: list[tuple[int, int
     return chosen
 
 
-def _calls_told(took_ns: np.ndarray, read: np.ndarray) -> dict[str, Any]:
+def _calls_told(took_ms: np.ndarray, read: np.ndarray, waited: np.ndarray, phase_s: float) -> dict[str, Any]:
     """Calls of which every record was there, and those that had to read one, apart."""
-    hits, others = took_ns[read == 0] / 1e6, took_ns[read != 0] / 1e6
+    hits, others = took_ms[~read], took_ms[read]
     return {
         "took_ms": summarize(hits) if hits.size else None,
-        "longest_ms": [float(ms) for ms in np.sort(hits)[::-1][:10]],
+        "longest_ms": _longest(hits),
+        "longest_ms_that_waited": _longest(took_ms[~read & waited]),
+        "calls_beyond_bar_per_s": int((hits > BAR_MS).sum()) / phase_s,
+        "calls_beyond_bar_that_waited_per_s": int((took_ms[~read & waited] > BAR_MS).sum()) / phase_s,
         "calls_that_read": int(others.size),
         "took_ms_of_those": summarize(others) if others.size else None,
     }
+
+
+def _longest(took_ms: np.ndarray) -> list[float]:
+    return [float(ms) for ms in np.sort(took_ms)[::-1][:LONGEST]]
 
 
 @contextmanager

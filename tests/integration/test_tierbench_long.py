@@ -138,17 +138,21 @@ def test_a_call_belongs_to_every_phase_it_overlaps() -> None:
     with looking([]) as none:
         assert none == []
     with looking([lambda number: number == 1]) as (looker,):
-        while len(looker.read) < 3:
+        while len(looker.waits) < 3:
             pass
-    for times in (looker.began_ns, looker.took_ns, looker.read):
-        del times[3:]
+    for noted in (looker.began_ns, looker.took_ns, looker.read, looker.waits):
+        del noted[3:]
+    looker.waits[0], looker.waits[1], looker.waits[2] = 1, 0, 0
     looker.began_ns[0], looker.took_ns[0] = 1_000_000, 2_000_000
     looker.began_ns[1], looker.took_ns[1] = 4_000_000, 3_000_000
-    looker.began_ns[2], looker.took_ns[2] = 9_000_000, 8_000_000
+    looker.began_ns[2], looker.took_ns[2] = 9_000_000, 80_000_000
     told = phases.told([looker])
-    assert told["first"]["longest_ms"] == [8, 2]
+    assert told["first"]["longest_ms"] == [80, 2]
+    assert told["first"]["longest_ms_that_waited"] == [2]
+    assert told["first"]["calls_beyond_bar_per_s"] == 100  # one in ten milliseconds
+    assert told["first"]["calls_beyond_bar_that_waited_per_s"] == 0
     assert (told["first"]["calls_that_read"], told["first"]["took_ms_of_those"]["max"]) == (1, 3)
-    assert told["second"]["took_ms"]["max"] == 8
+    assert told["second"]["took_ms"]["max"] == 80
     assert told["second"]["calls_that_read"] == 0
 
 

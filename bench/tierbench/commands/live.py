@@ -94,9 +94,13 @@ def _resize_lines(label: str, found: dict[str, Any]) -> list[list[str]]:
     def usual(*kinds: str) -> str:
         return "  ".join(f"{kind} {phases[kind]['took_ms']['p99.9']:.2f}" for kind in kinds) + " ms"
 
+    def beyond(*kinds: str) -> str:
+        return "  ".join(f"{kind} {phases[kind]['calls_beyond_bar_per_s']:.2f}" for kind in kinds)
+
     return [
         [f"{label}: longest call", longest(SHRINK, GROW), longest(QUIET, BUSY), "<= 50 ms"],
         ["  p99.9", usual(SHRINK, GROW), usual(QUIET, BUSY), ""],
+        ["  longer than 50 ms, in a second", beyond(SHRINK, GROW), beyond(QUIET, BUSY), ""],
         ["  records moved, and read anew", f"{found['records_moved']:,}, {found['records_read']:,}", "", ""],
     ]
 
