@@ -19,6 +19,7 @@ from tierstore.kernels.admit import ADMITTED, EVICTED, admit_records, exchange_r
 from tierstore.kernels.snapshot import admit_entries, copy_sets_out
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.region import Region
+from tierstore.tiers.turn_lock import TurnLock
 
 MOVED_BYTES = 4 << 20  # under one hold of the lock while resizing: a millisecond or two
 
@@ -35,7 +36,7 @@ class Arena:
         self._counters = counters
         self._region = Region(ArenaGeometry.within(budget_bytes, record_bytes))
         self._old: Region | None = None
-        self._writing = threading.Lock()
+        self._writing = TurnLock()  # or a resize, which takes it again and again, would keep admissions out
         self._resizing = threading.Lock()
         self._collapsing = Collapsing()
         self._records = 0
