@@ -25,6 +25,7 @@ from tierstore.catalog import Catalog
 from tierstore.config import Config, Dram, check_config, memory_limit
 from tierstore.devices.base import PageReader
 from tierstore.devices.opening import open_reader
+from tierstore.store.balance import Balance, known_weights
 from tierstore.store.fill import Filler, read_scattered
 from tierstore.store.gate import Gate
 from tierstore.store.hints import HintQueue
@@ -77,7 +78,8 @@ class Store:
         sizes: Counter[int] = Counter()
         for table in self._tables.values():
             sizes[table.spec.record_bytes] += table.spec.rows * table.spec.row_bytes
-        self._dram = DramTier(config.dram.budget_bytes, sizes, self.counters)
+        shares = self.directory / "warm" / "shares.json"
+        self._dram = DramTier(config.dram.budget_bytes, known_weights(shares, sizes), self.counters)
         staging = StagingPool(config.nvme.staging_bytes, max(sizes, default=0))
         self._reader = make_reader(config)  # what may raise comes before: a reader has threads
         nvme = NvmeTier(
@@ -91,6 +93,7 @@ class Store:
         self._warmth = Warmth(
             self.directory / "warm", self._dram.arenas(), self._owners(), self.counters, config.dram
         )
+        self._balance = Balance(self._dram, shares, config.dram.balance_period_s)
         self._hints = HintQueue(config.prefetch.workers, config.limits.prefetch_queue_max, self._serve_hint)
 
     def _open_extents(self) -> ExtentTier:
@@ -297,6 +300,7 @@ class Store:
         """Finish what runs and let go of the directory; idempotent."""
         self._hints.close()
         if self._gate.close():
+            self._balance.close()
             self._warmth.close()
             self._reader.close()
             self._extents.close()

@@ -28,12 +28,15 @@ NAMES = (
     "records_restored",  # from the snapshot of an earlier run
     "snapshot_bytes_read",
     "records_moved",  # kept while the DRAM budget was changed
+    "dram_balanced",  # times that some of the budget went from one record size to another
     "extent_hits",  # records that came whole from the record extent
     "extent_misses",  # records that were looked for there and did not
     "extent_false",  # of these: another record lay there
     "extent_damaged",  # of these: a page failed its checksum
     "extent_read_errors",
+    "extent_unwritten",  # records found in the write buffer: no read
     "extent_pages",  # distinct pages wanted
+    "extent_reads",  # read operations
     "extent_written",  # records
     "extent_dropped",  # records not written: the buffer was full, or the allowance used up
     "extent_bytes_written",  # indices included

@@ -152,11 +152,12 @@ def _received(process: Any, ours: Any) -> Calls:
 
 def _memory_told(dram_bytes: int, daemon: Daemon, looks: list[Look]) -> dict[str, Any]:
     pid, bound = daemon.process.pid, dram_bytes + SPARE_BYTES
-    last = ProcessMemory.of(pid)
+    # The kernel notes the peak now and then only, so a look can see a little more.
+    peak = max(ProcessMemory.of(pid).peak, *(look.memory.resident for look in looks))
     return {
         "bound_bytes": bound,
-        "peak_bytes": last.peak,
-        "within": last.peak <= bound,
+        "peak_bytes": peak,
+        "within": peak <= bound,
         "resident_bytes": summarize([look.memory.resident for look in looks]),
         "private_bytes_max": max(look.memory.private for look in looks),
         "shared_bytes_max": max(look.memory.shared for look in looks),
