@@ -138,7 +138,7 @@ class Store:
             except StorageError as error:
                 log.error("table %r is damaged: %s", spec.name, error)
         self._extents.warm_up()
-        self.counters.reset()
+        self.counters.forget_lookups()
 
     def tables(self) -> dict[str, TableSpec]:
         """Every table served, by name."""

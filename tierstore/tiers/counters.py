@@ -49,6 +49,8 @@ NAMES = (
     "failed_lookups",
 )
 
+OF_REFILL = ("records_restored", "records_evicted", "snapshot_bytes_read")
+
 
 class Counters:
     """Totals by name; `add` is one short lock, so it is called once a batch, never once a row."""
@@ -63,9 +65,10 @@ class Counters:
             for name, amount in amounts.items():
                 self._totals[name] += int(amount)
 
-    def reset(self) -> None:
+    def forget_lookups(self) -> None:
+        """Begin anew, but for what the refill of the cache has counted, which goes on meanwhile."""
         with self._lock:
-            self._totals = dict.fromkeys(NAMES, 0)
+            self._totals = {name: self._totals[name] if name in OF_REFILL else 0 for name in NAMES}
             self.hit_totals[:] = 0
 
     def snapshot(self) -> dict[str, int]:

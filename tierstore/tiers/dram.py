@@ -30,6 +30,7 @@ from tierstore.kernels.snapshot import admit_entries, copy_sets_out
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.region import Region
 from tierstore.tiers.shares import Tally, next_shares, share_budget, weights_of
+from tierstore.tiers.turn_lock import TurnLock
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Arena:
         self._region = Region(ArenaGeometry.within(budget_bytes, record_bytes))
         self._old: Region | None = None
         self._duel = new_duel(self._region.geometry.sets)
-        self._writing = threading.Lock()
+        self._writing = TurnLock()  # or a resize, which takes it again and again, would keep admissions out
         self._resizing = threading.Lock()
         self._collapsing = Collapsing()
         self._records = 0
