@@ -85,13 +85,14 @@ def run(args: argparse.Namespace) -> int:
     if any(hidden % HEAD_WIDTH for hidden in args.hidden):
         raise BadRequest(f"--hidden takes multiples of {HEAD_WIDTH}, got {args.hidden}")
     setting = make_setting(args.dir, args.rows_per_head, args.tokens)
+    resident = setting.resident()
     dram_bytes = int(setting.table_bytes * args.dram_share)
     threads_before = torch.get_num_threads()
     try:
         with running_services(setting, args.transport, ("ahead", "in-layer"), dram_bytes) as services:
             for service in services.values():
                 service.read(setting.mapping, setting.text[: args.warm_tokens].reshape(1, -1))
-            sizes = [_measure(args, setting, services, size, dram_bytes) for size in _sizes(args)]
+            sizes = [_measure(args, setting, resident, services, size, dram_bytes) for size in _sizes(args)]
     finally:
         torch.set_num_threads(threads_before)
     results = {
@@ -115,6 +116,7 @@ def _sizes(args: argparse.Namespace) -> Iterator[Size]:
 def _measure(
     args: argparse.Namespace,
     setting: Setting,
+    resident: Mapping[int, np.ndarray],
     services: Mapping[str, Service],
     size: Size,
     dram_bytes: int,
@@ -124,13 +126,13 @@ def _measure(
     shape = Shape(size.hidden, MODEL_LAYERS, LAYERS, _row_width(setting))
     model = Transformer(shape, args.seed).eval()
     texts = _texts(args, setting.text, size)
-    found = {**vars(size), "tenth": _run(model, setting, services, texts, size, "tenth in DRAM")}
+    found = {**vars(size), "tenth": _run(model, setting, resident, services, texts, size, "tenth in DRAM")}
     try:
         for service in services.values():
             service.control.set_dram_budget(args.hit_dram_bytes)
             for window in texts:
                 service.read(setting.mapping, window.transpose(1, 0, 2).reshape(size.batch, -1))
-        found["hits"] = _run(model, setting, services, texts, size, "all in DRAM")
+        found["hits"] = _run(model, setting, resident, services, texts, size, "all in DRAM")
     finally:
         for service in services.values():
             service.control.set_dram_budget(dram_bytes)
@@ -157,13 +159,14 @@ def _texts(args: argparse.Namespace, text: np.ndarray, size: Size) -> np.ndarray
 def _run(
     model: Transformer,
     setting: Setting,
+    resident: Mapping[int, np.ndarray],
     services: Mapping[str, Service],
     texts: np.ndarray,
     size: Size,
     label: str,
 ) -> dict[str, Any]:
     ahead, in_layer = services["ahead"], services["in-layer"]
-    tables = (setting.mapping, setting.resident, setting.layout)
+    tables = (setting.mapping, resident, setting.layout)
     sources: dict[str, Source] = {
         RESIDENT: Resident(*tables),
         PREFETCHED: Prefetched(StepPrefetcher(ahead.tables(), setting.tokenizer)),

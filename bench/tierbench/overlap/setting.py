@@ -30,23 +30,25 @@ from tierstore.store import open_store
 LAYERS = (1, 5)  # of eight
 BYTES_PER_TOKEN = 5  # at least; Python sources have about four
 WARM_BATCH_TOKENS = 2048
+WARM_TIMEOUT_S = 300.0
 COPY_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
 class Setting:
-    """`resident` uint8 [rows, row_bytes] by layer; `text` int64, all documents one after another."""
+    """`text` int64 holds all documents, one after another."""
 
     store: Path
-    resident: dict[int, np.ndarray]
+    checkpoint: Path
+    table_bytes: int
     layout: RowLayout
     mapping: NgramHashMapping
     tokenizer: CompressedTokenizer
     text: np.ndarray
 
-    @property
-    def table_bytes(self) -> int:
-        return sum(table.nbytes for table in self.resident.values())
+    def resident(self) -> dict[int, np.ndarray]:
+        """Every table in memory, uint8 [rows, row_bytes] by layer, as the checkpoint has it."""
+        return {layer: _in_memory(OriginalRows(self.checkpoint, layer)) for layer in LAYERS}
 
 
 def make_setting(folder: Path, rows_per_head: int, tokens: int) -> Setting:
@@ -57,9 +59,10 @@ def make_setting(folder: Path, rows_per_head: int, tokens: int) -> Setting:
     store, specs = prepared_store(folder, rows_per_head, LAYERS)
     checkpoint = prepared_checkpoint(folder, rows_per_head, LAYERS)
     tokenizer = CompressedTokenizer(path)
-    resident = {layer: _in_memory(OriginalRows(checkpoint, layer)) for layer in LAYERS}
+    table_bytes = sum(spec.rows * spec.row_bytes for spec in specs)
     mapping = NgramHashMapping.from_schemes([s.scheme for s in specs if s.scheme], tokenizer)
-    return Setting(store, resident, specs[0].layout, mapping, tokenizer, _text(folder, path, tokens))
+    text = _text(folder, path, tokens)
+    return Setting(store, checkpoint, table_bytes, specs[0].layout, mapping, tokenizer, text)
 
 
 def _in_memory(original: OriginalRows) -> np.ndarray:
@@ -92,10 +95,11 @@ class Service:
 
     def read(self, mapping: NgramHashMapping, text: np.ndarray) -> None:
         """Look up the rows of token ids [n, length], each line a sequence."""
-        lines = max(1, WARM_BATCH_TOKENS // text.shape[1])
         for layer, table in self.tables().items():
-            for first in range(0, len(text), lines):
-                table.lookup_ngrams(mapping.ngram_keys(text[first : first + lines], layer))
+            keys = mapping.ngram_keys(text, layer)
+            keys = keys.reshape(-1, keys.shape[-1])
+            for first in range(0, len(keys), WARM_BATCH_TOKENS):
+                table.lookup_ngrams(keys[first : first + WARM_BATCH_TOKENS], timeout=WARM_TIMEOUT_S)
 
     def counts(self) -> tuple[int, int]:
         """DRAM hits and misses so far."""
