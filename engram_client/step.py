@@ -13,10 +13,12 @@ Reads are issued in the order in which layers run: the first has the fewest laye
 hide behind. Layers that share a table (one name, one generation) share one read. Keys of different tables
 name different records, so nothing else is shared between layers.
 
-Within a read, positions whose n-grams are all equal are asked for once, and their rows handed to each
-position. That pays where text repeats itself (a quarter of 4096 tokens of source code) and there is
-enough of it: below `DEDUPE_POSITIONS_MIN` positions, as in decoding, everything is distinct and nothing
-is searched. The rows of `wait` always have the shape of the step's tokens, whatever was equal.
+Within a read, positions whose n-grams are all equal can be asked for once, and their rows handed to each
+position. That pays where rows travel over a connection and a step is large: a quarter of 4096 tokens of
+source code has been there before, and next to nothing in a decode step. Where this process copies hits
+itself, handing them on costs more than asking once saves. So it is done from `DEDUPE_POSITIONS_MIN`
+positions on, over connections (docs/decisions/0016-*). The service reads once what several ask for in any
+case, and the rows of `wait` always have the shape of the step's tokens.
 
 Drafts are candidates for the next tokens of each sequence, all asked for at once; `choose` keeps one a
 sequence. A step is open until its last layer has been waited for, or it is closed, cancelled or dropped; the
@@ -27,9 +29,10 @@ Not promised: that rows of one layer are there before another's, although they w
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -66,9 +69,9 @@ class StepPrefetcher:
     ) -> None:
         """`tables` by layer number; `compressed_map` as `Table.mapping` takes it.
 
-        `timeout_s` bounds each read from its start. `dedupe` None leaves to the size of a step whether equal
-        positions are looked for. Raises BadRequest for a table without a hash scheme or tables of
-        different families, VocabularyMismatch.
+        `timeout_s` bounds each read from its start. `dedupe` says whether equal positions are asked for
+        once; None decides by the size of a step and the way to the service. Raises BadRequest for a
+        table without a hash scheme or tables of different families, VocabularyMismatch.
         """
         if not tables or steps_open_max < 1:
             raise BadRequest(
@@ -81,7 +84,7 @@ class StepPrefetcher:
         self._tables = {layer: tables[layer] for layer in self.layer_ids}
         schemes = {_scheme(layer, table): None for layer, table in self._tables.items()}
         self.mapping = NgramHashMapping.from_schemes(list(schemes), compressed_map)
-        self._dedupe = dedupe
+        self._dedupe_from = _dedupe_from(dedupe, self._tables.values())
         self._steps_open_max = steps_open_max
         self._open: set[int] = set()
         self._started = 0
@@ -152,8 +155,7 @@ class StepPrefetcher:
         return step
 
     def _distinct(self, keys: np.ndarray) -> _Keys:
-        search = len(keys) >= DEDUPE_POSITIONS_MIN if self._dedupe is None else self._dedupe
-        return find_distinct(keys) if search and len(keys) > 1 else _Keys(keys, None)
+        return find_distinct(keys) if len(keys) >= self._dedupe_from else _Keys(keys, None)
 
     def _opened(self) -> int:
         with self._changing:
@@ -169,6 +171,13 @@ class StepPrefetcher:
     def _closed(self, number: int) -> None:
         with self._changing:
             self._open.discard(number)
+
+
+def _dedupe_from(dedupe: bool | None, tables: Iterable[Table]) -> float:
+    """How many positions a step has at least whose equal ones are asked for once."""
+    if dedupe is None:
+        return math.inf if all(table.reads_hits_itself for table in tables) else DEDUPE_POSITIONS_MIN
+    return 2 if dedupe else math.inf
 
 
 @dataclass(frozen=True)
@@ -211,6 +220,11 @@ class Step:
     def shape(self) -> tuple[int, ...]:
         """Of the tokens whose rows `wait` returns."""
         return self._shape
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        """Layers with a table, in the order in which they run."""
+        return self._steps.layer_ids
 
     def table(self, layer_id: int) -> Table:
         """The table of a layer. Raises BadRequest where it has none."""

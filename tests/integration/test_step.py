@@ -41,7 +41,7 @@ def rows_of(packed: PackedStore, steps: StepPrefetcher, layer: int, tokens: np.n
 def test_a_daemon_answers_steps(
     packed: PackedStore, daemon: Daemon, tokenizer: Any, target: str, shape: tuple[int, int]
 ) -> None:
-    """700 tokens are enough that equal ones are asked for once."""
+    """1400 positions are enough that equal ones are asked for once, where rows travel."""
     with connect(getattr(daemon, target)) as client:
         steps, tokens = made(client, tokenizer), text(*shape)
         before = client.stats()["keys"]
@@ -50,7 +50,8 @@ def test_a_daemon_answers_steps(
                 assert np.array_equal(step.wait(layer, timeout=30), rows_of(packed, steps, layer, tokens))
         asked = client.stats()["keys"] - before
         wanted = len(TABLES) * tokens.size * 3
-        assert asked < wanted if tokens.size > 512 else asked == wanted
+        travels = not client.table(V41).reads_hits_itself
+        assert asked < wanted if travels and tokens.size > 512 else asked == wanted
 
 
 def test_tensors_come_in_and_go_out(packed: PackedStore, opened_store: Device, tokenizer: Any) -> None:

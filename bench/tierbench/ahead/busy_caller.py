@@ -19,7 +19,7 @@ from tierbench.record import compare, summarize
 
 CALLS = (6, 60)  # in a window, fewest and most
 TOKENS_A_WINDOW = 8192
-CALIBRATION_TURNS = 200_000
+CALIBRATION_TURNS, CALIBRATIONS = 20_000, 40
 
 
 def work(turns: int) -> int:
@@ -33,7 +33,7 @@ def work(turns: int) -> int:
 def turns_for(busy_us: float) -> int:
     """How many turns take so long here, by the fastest of several tries."""
     fastest_s = float("inf")
-    for _ in range(5):
+    for _ in range(CALIBRATIONS):
         before = time.perf_counter()
         work(CALIBRATION_TURNS)
         fastest_s = min(fastest_s, time.perf_counter() - before)

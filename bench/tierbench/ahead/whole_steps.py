@@ -1,4 +1,7 @@
-"""Steps of two layers by `StepPrefetcher`: what finding equal positions gains, and whose rows come first."""
+"""Steps of two layers by `StepPrefetcher`: what finding equal positions gains, and whose rows come first.
+
+Texts are token ids [steps, B, CONTEXT + T]: the first CONTEXT of each sequence are what came before the step.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from engram_client import StepPrefetcher, Table
+from engram_client import Step, StepPrefetcher, Table
 from engram_client.modules import StepRows
 from engram_client.step import find_distinct
 from tierbench.alternate import alternate
@@ -18,34 +21,38 @@ from tierbench.record import compare, summarize
 STEPS = (6, 60)  # in a window, fewest and most
 TOKENS_A_WINDOW = 8192
 POLL_S = 20e-6
-Use = Callable[[StepPrefetcher, np.ndarray], None]
-Texts = Callable[[int], np.ndarray]  # how many steps -> token ids [steps, B, T]
+CONTEXT = 3  # tokens that the longest n-gram looks back on
+Use = Callable[[Step], None]
 
 
 def steps_in_window(shape: tuple[int, int]) -> int:
     return min(STEPS[1], max(STEPS[0], TOKENS_A_WINDOW // (shape[0] * shape[1])))
 
 
-def _numbers(steps: StepPrefetcher, tokens: np.ndarray) -> None:
-    with steps.start(tokens) as step:
-        for layer in steps.layer_ids:
-            StepRows(step, layer).wait()
+def _numbers(step: Step) -> None:
+    for layer in step.layer_ids:
+        StepRows(step, layer).wait()
 
 
-def _bytes(steps: StepPrefetcher, tokens: np.ndarray) -> None:
-    with steps.start(tokens) as step:
-        for layer in steps.layer_ids:
-            step.wait(layer)
+def _bytes(step: Step) -> None:
+    for layer in step.layer_ids:
+        step.wait(layer)
 
 
-def _window(
-    use: Callable[[StepPrefetcher, np.ndarray], None], steps: StepPrefetcher, texts: np.ndarray
-) -> float:
+def _before(steps: StepPrefetcher, text: np.ndarray) -> Lookback:
+    lookback = steps.lookback(len(text))
+    lookback.advance(text[:, :CONTEXT])
+    return lookback
+
+
+def _window(use: Use, steps: StepPrefetcher, texts: np.ndarray) -> float:
     """Microseconds of a step in the median."""
     taken = []
-    for tokens in texts:
+    for text in texts:
+        lookback = _before(steps, text)
         before = time.perf_counter()
-        use(steps, tokens)
+        with steps.start(text[:, CONTEXT:], lookback=lookback) as step:
+            use(step)
         taken.append(time.perf_counter() - before)
     return float(np.median(taken)) * 1e6
 
@@ -53,7 +60,7 @@ def _window(
 def compare_dedupe(
     tables: Mapping[int, Table], vocabulary: Any, found: np.ndarray, windows: int, label: str
 ) -> dict[str, Any]:
-    """Whole steps on token ids `found` [steps, B, T], with equal positions asked for once or each by itself.
+    """Whole steps on the texts `found`, with equal positions asked for once or each by itself.
 
     `numbers`: up to the embeddings; `bytes`: up to the rows.
     """
@@ -74,7 +81,8 @@ def compare_dedupe(
 def _search(steps: StepPrefetcher, found: np.ndarray) -> dict[str, Any]:
     """How much of one layer's keys is distinct, and how long it takes to find out."""
     mapping, layer = steps.mapping, steps.layer_ids[0]
-    keys = [mapping.ngram_keys(tokens, layer).reshape(-1, mapping.scheme(layer).orders) for tokens in found]
+    orders = mapping.scheme(layer).orders
+    keys = [mapping.ngram_keys(text, layer)[:, CONTEXT:].reshape(-1, orders) for text in found]
     taken: dict[str, list[float]] = {"search_us": [], "numpy_unique_us": []}
     for part in keys:
         for name, search in (("search_us", find_distinct), ("numpy_unique_us", _numpy_unique)):
@@ -90,13 +98,10 @@ def _numpy_unique(keys: np.ndarray) -> object:
     return np.unique(keys[:, -1], return_index=True, return_inverse=True)
 
 
-def order_of_arrival(
-    tables: Mapping[int, Table], vocabulary: Any, texts: Texts, shape: tuple[int, int], label: str
-) -> dict[str, Any]:
-    """When each layer's rows were there, milliseconds from the start of a step, over one window of steps."""
+def order_of_arrival(tables: Mapping[int, Table], vocabulary: Any, found: np.ndarray) -> dict[str, Any]:
+    """When each layer's rows were there, milliseconds from the start of a step, over the texts `found`."""
     steps = StepPrefetcher(tables, vocabulary)
-    found = texts(2 * steps_in_window(shape))
-    arrived = np.array([_arrivals(steps, tokens) for tokens in found]) * 1e3
+    arrived = np.array([_arrivals(steps, text) for text in found]) * 1e3
     first, last = arrived[:, 0], arrived[:, -1]
     return {
         "steps": len(found),
@@ -106,11 +111,12 @@ def order_of_arrival(
     }
 
 
-def _arrivals(steps: StepPrefetcher, tokens: np.ndarray) -> list[float]:
+def _arrivals(steps: StepPrefetcher, text: np.ndarray) -> list[float]:
     """Seconds by layer; the layers are asked again and again, so that no wait hurries one of them."""
+    lookback = _before(steps, text)
     started = time.perf_counter()
     there: dict[int, float] = {}
-    with steps.start(tokens) as step:
+    with steps.start(text[:, CONTEXT:], lookback=lookback) as step:
         while len(there) < len(steps.layer_ids):
             for layer in steps.layer_ids:
                 if layer not in there and step.done(layer):

@@ -16,7 +16,7 @@ import numpy as np
 from engram_client import Table
 from engram_client.errors import BadRequest
 from tierbench.ahead.busy_caller import compare_callers, turns_for
-from tierbench.ahead.whole_steps import compare_dedupe, order_of_arrival, steps_in_window
+from tierbench.ahead.whole_steps import CONTEXT, compare_dedupe, order_of_arrival, steps_in_window
 from tierbench.delivery import add_common_arguments, count_list, deliver, size_argument
 from tierbench.overlap.setting import Service, Setting, make_setting, running_services
 
@@ -108,32 +108,29 @@ def _read(table: Table, keys: np.ndarray) -> None:
 def _whole_steps(
     args: argparse.Namespace, transport: str, service: Service, setting: Setting
 ) -> dict[str, Any]:
-    """What is to hit is read first; what is not comes from places that nobody has read."""
+    """What is to hit is read first; the other texts are read when a step asks for them."""
     random = np.random.default_rng(args.seed + 1)
     tables = service.tables()
     found: dict[str, dict[str, Any]] = {"dedupe": {}, "order": {}}
 
-    def texts(shape: tuple[int, int], count: int) -> np.ndarray:
-        starts = random.integers(0, setting.text.size - shape[1], (count, shape[0]))
-        return setting.text[starts[..., None] + np.arange(shape[1])]
+    def texts(shape: tuple[int, int], count: int, *, read: bool) -> np.ndarray:
+        """Token ids [count, B, CONTEXT + T] from anywhere; with `read`, the service has their rows."""
+        length = CONTEXT + shape[1]
+        starts = random.integers(0, setting.text.size - length, (count, shape[0]))
+        made = setting.text[starts[..., None] + np.arange(length)]
+        if read:
+            service.read(setting.mapping, made.reshape(-1, length))
+        return made
 
     for shape in args.steps:
         name = f"{shape[0]}x{shape[1]}"
-        label = f"{transport}, step {name}"
-
-        def hot(count: int, shape: tuple[int, int] = shape) -> np.ndarray:
-            made = texts(shape, count)
-            service.read(setting.mapping, made.reshape(-1, shape[1]))
-            return made
-
-        def cold(count: int, shape: tuple[int, int] = shape) -> np.ndarray:
-            return texts(shape, count)
-
+        count = steps_in_window(shape)
         found["order"][name] = {
-            "as it comes": order_of_arrival(tables, setting.tokenizer, cold, shape, label),
-            "hits": order_of_arrival(tables, setting.tokenizer, hot, shape, label),
+            state: order_of_arrival(tables, setting.tokenizer, texts(shape, count, read=read))
+            for state, read in (("as it comes", False), ("hits", True))
         }
-        kept = hot(steps_in_window(shape))
+        kept = texts(shape, count, read=True)
+        label = f"{transport}, step {name}"
         found["dedupe"][name] = compare_dedupe(tables, setting.tokenizer, kept, args.windows, label)
     return found
 

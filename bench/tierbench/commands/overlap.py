@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=16, metavar="N", help="decoded in a window; a quarter of that in chunks")
     add("--threads", type=count_list, default=(1, 2), metavar="N[,N]", help="of the model (default: 1,2)")
     add("--tokens", type=int, default=1_000_000, metavar="N", help="of text")
-    add("--warm-tokens", type=int, default=100_000, metavar="N", help="read by the services beforehand")
+    add("--warm-tokens", type=int, default=50_000, metavar="N", help="read by the services beforehand")
 
 
 def run(args: argparse.Namespace) -> int:
