@@ -138,7 +138,8 @@ def test_overlap(capsys: pytest.CaptureFixture[str], data: Path) -> None:
             for name in ("prefetched", "in the layer", "resident again"):
                 assert_pairs(size[state][name]["over_resident"])
                 assert set(size[state][name]["waited_share"]) == {"layer_1", "layer_5"}
-            assert size[state]["resident"]["step_ms"]["count"] == 2 * (8 if size["kind"] == "decode" else 2)
+            assert size[state]["resident"]["step_ms"]["count"] == 2 * (8 if size["kind"] == "decode" else 3)
+            assert ("first_chunk_ms" in size[state]) == (size["kind"] == "prefill")
     assert [c["kind"] for c in found["crossings"]] == ["decode", "prefill"]
     assert [len(c["sizes"]) for c in found["crossings"]] == [2, 2]
     assert found["dram_bytes"] == found["table_bytes"] // 10

@@ -1,8 +1,8 @@
 """Windows of steps: the same text through the same model, with the rows from one source after another.
 
 A step begins when its tokens are known (for decoding: right after sampling) and ends with its output. In
-prefilling, the next chunk's tokens are known at the beginning of a chunk, so a source may start them then.
-A window's own first chunk has nothing in front of it. Every window starts fresh sequences, and its text is
+prefilling, the next chunk's tokens are known at the beginning of a chunk, so a source may start them then;
+a window's first chunk has nothing in front of it and is told apart. Every window starts fresh sequences, and its text is
 read by every source, so a cache behind one of them sees each text once.
 """
 
@@ -29,6 +29,11 @@ class Window:
     step_s: list[float]
     waited_s: dict[int, list[float]]  # by layer
     outputs: list[Tensor]
+
+    def after(self, steps: int) -> Window:
+        """Without its first steps."""
+        waits = {layer: waited[steps:] for layer, waited in self.waited_s.items()}
+        return Window(self.step_s[steps:], waits, self.outputs[steps:])
 
 
 def run_window(model: Transformer, source: Source, steps: np.ndarray, *, ahead: bool) -> Window:

@@ -77,6 +77,8 @@ def test_a_chunk_starts_the_next_ones_rows(model: Transformer) -> None:
     assert source.order == ["start", "start", "rows", "end", "start", "rows", "end", "rows", "end"]
     assert source.begun == [2]
     assert window.waited_s == {1: [0.5] * 3}
+    rest = window.after(1)
+    assert (rest.step_s, rest.waited_s) == (window.step_s[1:], {1: [0.5] * 2})
     source = Rows()
     run_window(model, source, steps, ahead=False)
     assert source.order == ["start", "rows", "end"] * 3
