@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from engram_client import Step, StepPrefetcher, Table
+from engram_client import Lookback, Step, StepPrefetcher, Table
 from engram_client.modules import StepRows
 from engram_client.step import find_distinct
 from tierbench.alternate import alternate

@@ -2,8 +2,8 @@
 
 A step begins when its tokens are known (for decoding: right after sampling) and ends with its output. In
 prefilling, the next chunk's tokens are known at the beginning of a chunk, so a source may start them then;
-a window's first chunk has nothing in front of it and is told apart. Every window starts fresh sequences, and its text is
-read by every source, so a cache behind one of them sees each text once.
+a window's first chunk has nothing in front of it and is told apart. Every window starts fresh sequences,
+and its text is read by every source, so a cache behind one of them sees each text once.
 """
 
 from __future__ import annotations
