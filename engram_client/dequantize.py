@@ -26,6 +26,7 @@ is the caller's to decode.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import numpy as np
@@ -78,19 +79,46 @@ def dequantize(
     layout's weights are opaque, `dtype` is not a floating type of 16 bits or more, or `index` names
     lines that are not there.
     """
+    result, table = _plan(layout, dtype)
+    data = _as_bytes(layout, rows)
+    if index is not None:
+        _check_index(index, data)
+    if table is not None and data.device.type == "cpu":
+        return _by_table_of_all(table, data, result, index)
+    if index is not None:
+        data = data[torch.from_numpy(index).to(data.device)]
+    return _by_arithmetic(layout, data, result)
+
+
+@dataclass(frozen=True)
+class _TableOfAll:
+    """Every number there can be, as bits [256 or 1, 256] by scale and weight, and where in a row both lie."""
+
+    bits: np.ndarray
+    places: tuple[int, int, int, int]  # row_bytes, first byte of the weights, of the scales, scales
+    weights: int
+
+
+@lru_cache(maxsize=64)
+def _plan(layout: RowLayout, dtype: torch.dtype | None) -> tuple[torch.dtype, _TableOfAll | None]:
+    """The result's dtype, and the table where one-byte weights stand alone or under one-byte scales."""
     weight, scale = _decodable_fields(layout)
     result = RESULT_DTYPE[weight.dtype] if dtype is None else dtype
     if result not in RESULT_CHOICES:
         choices = ", ".join(str(c) for c in RESULT_CHOICES)
         raise BadRequest(f"dequantize: dtype must be one of {choices}; got {dtype}")
-    data = _as_bytes(layout, rows)
-    if index is not None:
-        _check_index(index, data)
-    if data.device.type == "cpu" and _has_table(weight, scale):
-        return _by_table_of_all(layout, data, result, index)
-    if index is not None:
-        data = data[torch.from_numpy(index).to(data.device)]
-    return _by_arithmetic(layout, data, result)
+    if ELEMENT_BYTES[weight.dtype] > 1 or (scale is not None and ELEMENT_BYTES[scale.dtype] > 1):
+        return result, None
+    codes = torch.arange(256, dtype=torch.uint8, device="cpu")
+    rows, fields = codes.unsqueeze(0), [Field("weight", weight.dtype, 256)]
+    scale_at, scales = 0, 0
+    if scale is not None:
+        rows = torch.cat((codes.expand(256, 256), codes.unsqueeze(1)), dim=1)
+        fields.append(Field("scale", scale.dtype, 1))
+        scale_at, scales = layout.offset_bytes("scale"), scale.count
+    numbers = _by_arithmetic(RowLayout(tuple(fields), layout.global_scale), rows, result)
+    places = (layout.row_bytes, layout.offset_bytes("weight"), scale_at, scales)
+    return result, _TableOfAll(numbers.view(_BITS[result.itemsize]).numpy(), places, weight.count)
 
 
 def _check_index(index: np.ndarray, lines: Tensor) -> None:
@@ -116,44 +144,18 @@ def _by_arithmetic(layout: RowLayout, data: Tensor, result: torch.dtype) -> Tens
     return out.reshape(*data.shape[:-1], weight.count)
 
 
-def _has_table(weight: Field, scale: Field | None) -> bool:
-    return ELEMENT_BYTES[weight.dtype] == 1 and (scale is None or ELEMENT_BYTES[scale.dtype] == 1)
-
-
 def _by_table_of_all(
-    layout: RowLayout, data: Tensor, result: torch.dtype, index: np.ndarray | None
+    table: _TableOfAll, data: Tensor, result: torch.dtype, index: np.ndarray | None
 ) -> Tensor:
-    """`_by_arithmetic(layout, data[index], result)` for layouts that have a table."""
-    bits, places = _table_of_all(layout, result)
-    lines = data.shape[:-1] if index is None else (*index.shape, data.shape[1])
-    out = np.empty((*lines, layout.embedding_dim), bits.dtype)
+    """`_by_arithmetic(layout, data[index], result)` for the layout of the table."""
+    lines: tuple[int, ...] = data.shape[:-1]
+    picks, group = _ONE_TO_ONE, 1
     if index is not None:
-        places = (*places[:-1], data.shape[1])
-    decode_rows(
-        data.contiguous().numpy().reshape(-1),
-        _ONE_TO_ONE if index is None else index.reshape(-1),
-        places,
-        bits,
-        out.reshape(-1),
-    )
+        lines, picks, group = (*index.shape, data.shape[1]), index.reshape(-1), data.shape[1]
+    out = np.empty((*lines, table.weights), table.bits.dtype)
+    flat = data.contiguous().numpy().reshape(-1)
+    decode_rows(flat, picks, index is not None, (*table.places, group), table.bits, out.reshape(-1))
     return torch.from_numpy(out).view(result)
-
-
-@lru_cache(maxsize=64)
-def _table_of_all(layout: RowLayout, result: torch.dtype) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Every number there can be, by scale and weight, as bits; and where in a row both lie."""
-    weight, scale = _decodable_fields(layout)
-    codes = torch.arange(256, dtype=torch.uint8)
-    fields: tuple[Field, ...] = (Field("weight", weight.dtype, 256),)
-    rows = codes.unsqueeze(0)
-    if scale is not None:
-        fields += (Field("scale", scale.dtype, 1),)
-        rows = torch.cat((codes.expand(256, 256), codes.unsqueeze(1)), dim=1)
-    numbers = _by_arithmetic(RowLayout(fields, layout.global_scale), rows, result)
-    bits = numbers.view(_BITS[result.itemsize]).numpy()
-    scale_at = 0 if scale is None else layout.offset_bytes("scale")
-    scales = 0 if scale is None else scale.count
-    return bits, (layout.row_bytes, layout.offset_bytes("weight"), scale_at, scales, 1)
 
 
 def e8m0_to_float32(codes: Tensor) -> Tensor:

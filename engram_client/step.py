@@ -85,6 +85,7 @@ class StepPrefetcher:
         schemes = {_scheme(layer, table): None for layer, table in self._tables.items()}
         self.mapping = NgramHashMapping.from_schemes(list(schemes), compressed_map)
         self._dedupe_from = _dedupe_from(dedupe, self._tables.values())
+        find_distinct(np.zeros((2, 1), np.int64))  # compiled before the first step
         self._steps_open_max = steps_open_max
         self._open: set[int] = set()
         self._started = 0

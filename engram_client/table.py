@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from engram_client.arrays import Array
 
 DEFAULT_TIMEOUT_S = 30.0
-INLINE_KEYS_MAX = 1 << 10  # a prefetch of so many copies hits in less time than a thread takes to wake up
+INLINE_KEYS_MAX = 1 << 8  # a prefetch of so many copies hits in less time than a thread takes to wake up
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,20 @@ Array = Any  # what numba compiles has types of its own; the docstrings give dty
 
 
 @kernel
-def decode_rows(rows: Array, picks: Array, places: Array, table: Array, out: Array) -> None:
+def decode_rows(rows: Array, picks: Array, picking: bool, places: Array, table: Array, out: Array) -> None:
     """rows uint8 [m, row_bytes] -> out int16, int32 or int64 [n, weights], bits of numbers.
 
     picks int64 [n / group] names, for each group of rows of `out`, the group of `rows` it is decoded
-    from, or is [0] where they go one to one; places int64 (row_bytes, first byte of the weights, first
-    byte of the scales, scales, rows of a group); table [256, 256] by scale and weight, or [1, 256]
-    where there are no scales. rows and out are flat and contiguous.
+    from; without `picking` rows go one to one. places int64 (row_bytes, first byte of the weights,
+    first byte of the scales, scales, rows of a group); table [256, 256] by scale and weight, or
+    [1, 256] where there are no scales. rows and out are flat and contiguous.
     """
     row_bytes, weight_at, scale_at, scales, group = places[0], places[1], places[2], places[3], places[4]
-    count = rows.size // row_bytes if picks.size == 0 else picks.size * group
+    count = picks.size * group if picking else rows.size // row_bytes
     weights = out.size // max(count, 1)
     block = weights // max(scales, 1)
     for n in range(count):
-        source = n if picks.size == 0 else picks[n // group] * group + n % group
+        source = picks[n // group] * group + n % group if picking else n
         start = source * row_bytes
         for b in range(max(scales, 1)):
             part = table[rows[start + scale_at + b] if scales else 0]
