@@ -101,8 +101,10 @@ class Prefetcher:
 
         Raises Overloaded where too many handles are open, Cancelled once closed.
         """
+        if self._pid != os.getpid():
+            self._begin()  # a forked child has none of its parent's threads
         reading: Future[np.ndarray] = Future()
-        with self._changed_here():
+        with self._changed:
             self._check()
             self._open.add(reading)
             self._waiting[reading] = read
@@ -113,18 +115,14 @@ class Prefetcher:
 
     def ready(self, rows: np.ndarray) -> Handle:
         """A handle on rows that are there already; raises as `start`, since it counts like the others."""
+        if self._pid != os.getpid():
+            self._begin()
         reading: Future[np.ndarray] = Future()
         reading.set_result(rows)
-        with self._changed_here():
+        with self._changed:
             self._check()
             self._open.add(reading)
         return Handle(reading, lambda rows: rows, lambda: self._give_up(reading))
-
-    def _changed_here(self) -> threading.Condition:
-        """The condition of this process: a forked child has none of its parent's threads."""
-        if self._pid != os.getpid():
-            self._begin()
-        return self._changed
 
     def _check(self) -> None:
         if self._closed:

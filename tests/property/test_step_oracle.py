@@ -21,7 +21,7 @@ from tests.support.stores import V41, V41_14, V41_ROWS, WORDS, PackedStore, open
 LAYERS = {1: V41, 4: V41_ROWS, 9: V41_14, 14: V41_14}  # two share a table, two hash alike
 LAYER_HASHED = {1: 1, 4: 14, 9: 14, 14: 14}
 TOKENS = st.integers(0, len(WORDS) - 1)
-EXAMPLES = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

@@ -66,17 +66,17 @@ class Size:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common_arguments(parser, windows=6, window_s=None)
+    add_common_arguments(parser, windows=5, window_s=None)
     add = parser.add_argument
     add("--transport", choices=("unix", "tcp", "local"), default="unix", help="default: %(default)s")
     add("--rows-per-head", type=int, default=250_000, metavar="N", help="of both tables")
     add("--dram-share", type=float, default=0.1, help="of the tables in DRAM (default: %(default)s)")
     add("--hit-dram-bytes", type=size_argument, default=2 << 30, metavar="BYTES",
         help="of DRAM where everything shall hit (default: 2GiB)")  # fmt: skip
-    add("--hidden", type=count_list, default=(256, 512, 1024), metavar="N[,N]", help="sizes of the model")
+    add("--hidden", type=count_list, default=(256, 512, 768), metavar="N[,N]", help="sizes of the model")
     add("--batches", type=count_list, default=(1, 16, 64), metavar="N[,N]", help="sequences decoded at once")
-    add("--chunks", type=count_list, default=(512,), metavar="N[,N]", help="tokens of a prefilled chunk")
-    add("--steps", type=int, default=16, metavar="N", help="decoded in a window; half as many chunks")
+    add("--chunks", type=count_list, default=(256,), metavar="N[,N]", help="tokens of a prefilled chunk")
+    add("--steps", type=int, default=12, metavar="N", help="decoded in a window; half as many chunks")
     add("--threads", type=count_list, default=(1, 2), metavar="N[,N]", help="of the model (default: 1,2)")
     add("--tokens", type=int, default=1_000_000, metavar="N", help="of text")
     add("--warm-tokens", type=int, default=50_000, metavar="N", help="read by the services beforehand")

@@ -1,6 +1,6 @@
 """Run every benchmark at its committed size and write the records.
 
-Takes about a quarter of an hour on two cores, 17 GB of disk and 12 GiB of memory with the defaults.
+Takes about an hour on two cores, 24 GB of disk and 12 GiB of memory with the defaults.
 The data are made under --dir once and kept.
 """
 
