@@ -47,6 +47,7 @@ def _told(windows: list[Window]) -> dict[str, Any]:
     waits = {layer: np.concatenate([w.waited_s[layer] for w in windows]) for layer in windows[0].waited_s}
     return {
         "step_ms": summarize(steps * 1e3),
+        "asked_ms": summarize(np.concatenate([w.asked_s for w in windows]) * 1e3),
         "waited_share": {f"layer_{layer}": float(w.sum() / steps.sum()) for layer, w in waits.items()},
         "waited_ms": {f"layer_{layer}": summarize(w * 1e3) for layer, w in waits.items()},
     }

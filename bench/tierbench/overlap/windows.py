@@ -28,12 +28,13 @@ class Window:
 
     step_s: list[float]
     waited_s: dict[int, list[float]]  # by layer
+    asked_s: list[float]  # hashing, and asking where a source asks ahead
     outputs: list[Tensor]
 
     def after(self, steps: int) -> Window:
         """Without its first steps."""
         waits = {layer: waited[steps:] for layer, waited in self.waited_s.items()}
-        return Window(self.step_s[steps:], waits, self.outputs[steps:])
+        return Window(self.step_s[steps:], waits, self.asked_s[steps:], self.outputs[steps:])
 
 
 def run_window(model: Transformer, source: Source, steps: np.ndarray, *, ahead: bool) -> Window:
@@ -43,7 +44,7 @@ def run_window(model: Transformer, source: Source, steps: np.ndarray, *, ahead: 
     source.begin(batch)
     for waits in source.waited_s.values():
         waits.clear()
-    taken, outputs = [], []
+    taken, asked, outputs = [], [], []
     for i in range(count):
         tokens = torch.from_numpy(steps[i])
         before = time.perf_counter()
@@ -51,10 +52,12 @@ def run_window(model: Transformer, source: Source, steps: np.ndarray, *, ahead: 
             source.start(steps[i])
         if ahead and i + 1 < count:
             source.start(steps[i + 1])
+        asked.append(time.perf_counter() - before)
         outputs.append(model(tokens, cache, source.rows))
         source.end_step()
         taken.append(time.perf_counter() - before)
-    return Window(taken, {layer: list(waits) for layer, waits in source.waited_s.items()}, outputs)
+    waited_s = {layer: list(waits) for layer, waits in source.waited_s.items()}
+    return Window(taken, waited_s, asked, outputs)
 
 
 class Contender:
