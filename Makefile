@@ -3,7 +3,7 @@
 #   make demo    the product from end to end, on this machine
 #   make test    lint, then every test
 #   make lint    ruff and mypy
-#   make bench   the committed benchmark records, anew (about half an hour)
+#   make bench   the committed benchmark records, anew (about an hour)
 #   make proto   the protobuf stub, after a change in proto/
 #   make clean   remove everything that these targets made
 #

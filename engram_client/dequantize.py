@@ -14,6 +14,11 @@ The arithmetic runs in float32 (float64 when that is asked for) and is rounded o
 for E4M3 with E8M0 scales the product is exact, so the result is the nearest number there is.
 E8M0 is decoded by integer operations because its torch dtype is younger than the torch we support.
 
+On a CPU, one-byte weights without scales or under one-byte scales take no arithmetic at all: a table
+made by it holds every result there can be (`kernels/decode.py`). For a decode step's few rows torch's
+ten operations cost far more to start than to do. One kernel call also picks lines out of fewer
+distinct ones, so what was read once for several positions is written once for each, as numbers.
+
 Not promised: formats a row layout cannot describe. A `uint8` weight is opaque (IQ4_NL, NF4) and
 is the caller's to decode.
 """
@@ -21,14 +26,16 @@ is the caller's to decode.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engram_client.errors import BadRequest, FormatError
-from engram_client.spec import Field, RowLayout
+from engram_client.kernels.decode import decode_rows
+from engram_client.spec import ELEMENT_BYTES, Field, RowLayout
 
 TORCH_DTYPE: dict[str, torch.dtype] = {
     "float8_e4m3fn": torch.float8_e4m3fn,
@@ -47,24 +54,84 @@ RESULT_DTYPE: dict[str, torch.dtype] = {
 SCALE_DTYPES = ("float8_e8m0fnu", "float32", "float16", "bfloat16")
 RESULT_CHOICES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
+_BITS: dict[int, torch.dtype] = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_UINT8 = np.dtype(np.uint8)
+_ONE_TO_ONE = np.zeros(0, np.int64)  # as the kernel takes "no picking"
+
 # On a CPU the temporaries of one block stay in its cache; a device takes all rows at once.
 _BLOCK_ELEMENTS = 1 << 18
 
 
-def dequantize(layout: RowLayout, rows: np.ndarray | Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+def dequantize(
+    layout: RowLayout,
+    rows: np.ndarray | Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    index: np.ndarray | None = None,
+) -> Tensor:
     """Rows as a look-up returns them, uint8 [..., row_bytes], to a tensor [..., embedding_dim].
 
     The result lives where the rows live (numpy: on the CPU) and never shares memory with them.
     `dtype` defaults to bfloat16 for FP8, INT8 and BF16 rows, float16 for FP16, float32 for FP32.
+    With `index` int64 [...], rows are distinct lines [n, H, row_bytes] and the result is that of
+    `rows[index]`, [..., H, embedding_dim].
     Raises BadRequest where rows have another dtype or width than the layout says, where the
-    layout's weights are opaque, or `dtype` is not a floating type of 16 bits or more.
+    layout's weights are opaque, `dtype` is not a floating type of 16 bits or more, or `index` names
+    lines that are not there.
     """
+    result, table = _plan(layout, dtype)
+    data = _as_bytes(layout, rows)
+    if index is not None:
+        _check_index(index, data)
+    if table is not None and data.device.type == "cpu":
+        return _by_table_of_all(table, data, result, index)
+    if index is not None:
+        data = data[torch.from_numpy(index).to(data.device)]
+    return _by_arithmetic(layout, data, result)
+
+
+@dataclass(frozen=True)
+class _TableOfAll:
+    """Every number there can be, as bits [256 or 1, 256] by scale and weight, and where in a row both lie."""
+
+    bits: np.ndarray
+    places: tuple[int, int, int, int]  # row_bytes, first byte of the weights, of the scales, scales
+    weights: int
+
+
+@lru_cache(maxsize=64)
+def _plan(layout: RowLayout, dtype: torch.dtype | None) -> tuple[torch.dtype, _TableOfAll | None]:
+    """The result's dtype, and the table where one-byte weights stand alone or under one-byte scales."""
     weight, scale = _decodable_fields(layout)
     result = RESULT_DTYPE[weight.dtype] if dtype is None else dtype
     if result not in RESULT_CHOICES:
         choices = ", ".join(str(c) for c in RESULT_CHOICES)
         raise BadRequest(f"dequantize: dtype must be one of {choices}; got {dtype}")
-    data = _as_bytes(layout, rows)
+    if ELEMENT_BYTES[weight.dtype] > 1 or (scale is not None and ELEMENT_BYTES[scale.dtype] > 1):
+        return result, None
+    codes = torch.arange(256, dtype=torch.uint8, device="cpu")
+    rows, fields = codes.unsqueeze(0), [Field("weight", weight.dtype, 256)]
+    scale_at, scales = 0, 0
+    if scale is not None:
+        rows = torch.cat((codes.expand(256, 256), codes.unsqueeze(1)), dim=1)
+        fields.append(Field("scale", scale.dtype, 1))
+        scale_at, scales = layout.offset_bytes("scale"), scale.count
+    numbers = _by_arithmetic(RowLayout(tuple(fields), layout.global_scale), rows, result)
+    places = (layout.row_bytes, layout.offset_bytes("weight"), scale_at, scales)
+    return result, _TableOfAll(numbers.view(_BITS[result.itemsize]).numpy(), places, weight.count)
+
+
+def _check_index(index: np.ndarray, lines: Tensor) -> None:
+    fits = index.dtype == np.int64 and lines.ndim == 3
+    if not fits or (index.size and not 0 <= index.min() <= index.max() < len(lines)):
+        raise BadRequest(
+            f"dequantize: index must be int64 numbers of lines in rows [n, H, row_bytes], got {index.dtype} "
+            f"for rows {list(lines.shape)}"
+        )
+
+
+def _by_arithmetic(layout: RowLayout, data: Tensor, result: torch.dtype) -> Tensor:
+    weight, scale = _decodable_fields(layout)
     flat = data.reshape(-1, layout.row_bytes)
     step = max(1, _BLOCK_ELEMENTS // weight.count) if flat.device.type == "cpu" else flat.shape[0]
     if flat.shape[0] <= step:
@@ -75,6 +142,20 @@ def dequantize(layout: RowLayout, rows: np.ndarray | Tensor, *, dtype: torch.dty
             block = slice(start, start + step)
             out[block] = _decode(layout, weight, scale, flat[block], result)
     return out.reshape(*data.shape[:-1], weight.count)
+
+
+def _by_table_of_all(
+    table: _TableOfAll, data: Tensor, result: torch.dtype, index: np.ndarray | None
+) -> Tensor:
+    """`_by_arithmetic(layout, data[index], result)` for the layout of the table."""
+    lines: tuple[int, ...] = data.shape[:-1]
+    picks, group = _ONE_TO_ONE, 1
+    if index is not None:
+        lines, picks, group = (*index.shape, data.shape[1]), index.reshape(-1), data.shape[1]
+    out = np.empty((*lines, table.weights), table.bits.dtype)
+    flat = data.contiguous().numpy().reshape(-1)
+    decode_rows(flat, picks, index is not None, (*table.places, group), table.bits, out.reshape(-1))
+    return torch.from_numpy(out).view(result)
 
 
 def e8m0_to_float32(codes: Tensor) -> Tensor:
@@ -106,7 +187,19 @@ def _decodable_fields(layout: RowLayout) -> tuple[Field, Field | None]:
     return weight, scale
 
 
+def _is_plain(layout: RowLayout, rows: np.ndarray | Tensor) -> bool:
+    """Whether these are rows as a look-up returns them."""
+    return (
+        type(rows) is np.ndarray
+        and rows.dtype is _UINT8
+        and rows.shape[-1:] == (layout.row_bytes,)
+        and rows.flags.carray
+    )
+
+
 def _as_bytes(layout: RowLayout, rows: np.ndarray | Tensor) -> Tensor:
+    if _is_plain(layout, rows):  # what follows takes longer than to decode a few rows
+        return torch.from_numpy(rows)
     if not isinstance(rows, np.ndarray | Tensor):
         raise BadRequest(f"dequantize: rows must be a numpy array or torch tensor, got {type(rows).__name__}")
     if str(rows.dtype).removeprefix("torch.") != "uint8":

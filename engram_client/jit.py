@@ -26,7 +26,12 @@ import llvmlite
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 
-KERNEL_FOLDERS = (("engram_client", "arena"), ("engram_client", "hashing"), ("tierstore", "kernels"))
+KERNEL_FOLDERS = (
+    ("engram_client", "arena"),
+    ("engram_client", "hashing"),
+    ("engram_client", "kernels"),
+    ("tierstore", "kernels"),
+)
 
 
 def kernel_sources() -> list[Path]:

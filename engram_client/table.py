@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from engram_client.arrays import Array
 
 DEFAULT_TIMEOUT_S = 30.0
+INLINE_KEYS_MAX = 1 << 8  # a prefetch of so many copies hits in less time than a thread takes to wake up
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Table:
 
     def __repr__(self) -> str:
         return f"Table({self.spec.name!r}, generation={self.spec.generation!r})"
+
+    @property
+    def reads_hits_itself(self) -> bool:
+        """Whether this process copies what DRAM holds without asking a service."""
+        return self._hit_path is not None
 
     def mapping(self, compressed_map: Any = None) -> NgramHashMapping:
         """The hashing this table was made with. "engram" tables need the compressed vocabulary.
@@ -121,7 +127,19 @@ class Table:
     def prefetch_ngrams(
         self, ngram_keys: Any, *, heads: slice | None = None, timeout: float | None = DEFAULT_TIMEOUT_S
     ) -> Handle:
-        """Start `lookup_ngrams`; the handle's `wait` returns its rows. Raises Overloaded."""
+        """Start `lookup_ngrams`; the handle's `wait` returns its rows. Raises Overloaded.
+
+        A small batch of hits is copied before this returns: handing it to a thread, while the caller
+        runs Python, would take longer by far.
+        """
+        if (
+            self._hit_path is not None
+            and heads is None
+            and type(ngram_keys) is np.ndarray
+            and ngram_keys.size <= INLINE_KEYS_MAX
+            and (rows := self._hit_path(ngram_keys, None)) is not None
+        ):
+            return self._prefetcher.ready(rows)
         return self._start(self._by_ngrams(ngram_keys, heads), ngram_keys, timeout)
 
     def prefetch(self, row_ids: Any, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> Handle:
@@ -135,11 +153,17 @@ class Table:
         """
         return self._transport.prefetch(_kept(self._by_ngrams(ngram_keys, None)).request)
 
-    def dequantize(self, rows: Any, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Rows uint8 [..., row_bytes] as a tensor [..., embedding_dim]; needs torch."""
+    def dequantize(
+        self, rows: Any, *, dtype: torch.dtype | None = None, index: np.ndarray | None = None
+    ) -> torch.Tensor:
+        """Rows uint8 [..., row_bytes] as a tensor [..., embedding_dim]; needs torch.
+
+        With `index` int64 [...], rows are distinct lines [n, H, row_bytes], and the result is that of
+        `rows[index]`.
+        """
         from engram_client.dequantize import dequantize
 
-        return dequantize(self.spec.layout, rows, dtype=dtype)
+        return dequantize(self.spec.layout, rows, dtype=dtype, index=index)
 
     def _scheme(self) -> HashScheme:
         if self.spec.scheme is None:

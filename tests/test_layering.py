@@ -38,7 +38,13 @@ TORCH = (
     "tierstore/tiers/hbm",
     "bench/",
 )
-NUMBA = ("engram_client/jit.py", "engram_client/arena/", "engram_client/hashing/", "tierstore/kernels/")
+NUMBA = (
+    "engram_client/jit.py",
+    "engram_client/arena/",
+    "engram_client/hashing/",
+    "engram_client/kernels/",
+    "tierstore/kernels/",
+)
 GRPC = ("tierstore/rpc/", "engram_client/transport/", "bench/")
 # 2026-11-22: replays of millions of accesses need compiled loops; the simulators are no part of the product.
 SIMULATORS = "bench/tierbench/policy/"

@@ -25,11 +25,11 @@ class PreparedTable:
     row_file: Path
 
 
-def prepared_checkpoint(folder: Path, rows_per_head: int) -> Path:
+def prepared_checkpoint(folder: Path, rows_per_head: int, layers: tuple[int, ...] = LAYERS) -> Path:
     """The checkpoint with `rows_per_head` rows a head, made where it is not there yet."""
-    out = folder / f"v41-{rows_per_head}" / "checkpoint"
-    with byte_progress("making the checkpoint", planned_bytes(MODEL, rows_per_head, LAYERS)) as progress:
-        make_checkpoint(MODEL, rows_per_head, out, seed=SEED, layers=LAYERS, progress=progress)
+    out = _place(folder, rows_per_head, layers) / "checkpoint"
+    with byte_progress("making the checkpoint", planned_bytes(MODEL, rows_per_head, layers)) as progress:
+        make_checkpoint(MODEL, rows_per_head, out, seed=SEED, layers=layers, progress=progress)
     return out
 
 
@@ -38,12 +38,29 @@ def prepared_table(folder: Path, rows_per_head: int) -> PreparedTable:
 
     Raises StorageError, or BadRequest where something else lies at its place.
     """
-    store = folder / f"v41-{rows_per_head}" / "store"
-    if not (found := packed_tables(store)):
-        _pack(prepared_checkpoint(folder, rows_per_head), store)
-        found = packed_tables(store)
-    ((spec, row_file),) = found
+    store = _prepare(folder, rows_per_head, LAYERS)
+    ((spec, row_file),) = packed_tables(store)
     return PreparedTable(store, spec, row_file)
+
+
+def prepared_store(folder: Path, rows_per_head: int, layers: tuple[int, ...]) -> tuple[Path, list[TableSpec]]:
+    """A store with a table of `rows_per_head` rows a head for each layer, made likewise; specs by layer."""
+    store = _prepare(folder, rows_per_head, layers)
+    return store, sorted(
+        (spec for spec, _ in packed_tables(store)), key=lambda spec: layers.index(spec.layer or 0)
+    )
+
+
+def _prepare(folder: Path, rows_per_head: int, layers: tuple[int, ...]) -> Path:
+    store = _place(folder, rows_per_head, layers) / "store"
+    if len(packed_tables(store)) < len(layers):
+        _pack(prepared_checkpoint(folder, rows_per_head, layers), store)
+    return store
+
+
+def _place(folder: Path, rows_per_head: int, layers: tuple[int, ...]) -> Path:
+    ending = "" if layers == LAYERS else "-layers" + "-".join(map(str, layers))
+    return folder / f"v41-{rows_per_head}{ending}"
 
 
 def _pack(checkpoint: Path, store: Path) -> None:

@@ -2,7 +2,7 @@
 
 from engram_client.modules.deepseek_v41 import DeepseekV41Engram
 from engram_client.modules.engram import Engram
-from engram_client.modules.lookup import EngramLayer, EngramLookup, ResidentLookup
+from engram_client.modules.lookup import EngramLayer, EngramLookup, ResidentLookup, StepRows
 from engram_client.modules.qwen_ple import QwenPLE
 from engram_client.modules.resident import MultiHeadEmbedding
 from engram_client.modules.short_conv import ConvState
@@ -16,4 +16,5 @@ __all__ = [
     "MultiHeadEmbedding",
     "QwenPLE",
     "ResidentLookup",
+    "StepRows",
 ]

@@ -5,6 +5,12 @@
     pending = layer.start(token_ids)              # while the model runs the layers before
     hidden = hidden + layer(hidden, pending)      # waits for the rows only here
 
+or all layers of a step at once, with `StepPrefetcher`:
+
+    layers = {1: EngramLayer(engram_1), 14: EngramLayer(engram_14)}
+    step = steps.start(token_ids, lookback=lookback)
+    hidden = hidden + layers[1](hidden, StepRows(step, 1))
+
 Everything is duck-typed: whatever hashes, looks up and dequantizes as the protocols say will do.
 At dead positions no rows are fetched: their keys become -1, and the gate is 0 there.
 """
@@ -18,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from engram_client.arrays import to_host
+from engram_client.errors import BadRequest
 from engram_client.modules.resident import MultiHeadEmbedding
+from engram_client.step import Step
 
 
 class Hashing(Protocol):
@@ -104,6 +112,26 @@ class PendingRows:
         return self.table.dequantize(rows)
 
 
+class StepRows:
+    """The rows of one layer of a step on their way; `dead` is what the step was started with."""
+
+    def __init__(self, step: Step, layer_id: int) -> None:
+        self.step, self.layer_id = step, layer_id
+
+    @property
+    def dead(self) -> Any:
+        return self.step.dead
+
+    def wait(self, *, timeout: float | None = None, device: torch.device | None = None) -> Tensor:
+        """Embeddings [B,T,H,dim] on `device` (None: CPU); rows that are equal travel and wait once."""
+        rows, index = self.step.wait_distinct(self.layer_id, timeout=timeout)
+        wanted: Any = rows
+        if device is not None and device.type != "cpu":
+            wanted = torch.as_tensor(rows).to(device)
+        embeddings = self.step.table(self.layer_id).dequantize(wanted, index=index)
+        return embeddings.reshape(*self.step.shape, *embeddings.shape[1:])
+
+
 class ResidentLookup:
     """Embeddings of one layer from a module's own table: a small model without a service."""
 
@@ -129,15 +157,17 @@ class PendingResident:
 
 
 class EngramLayer(nn.Module):
-    """An Engram, V4.1 or PLE module with the source of its embeddings."""
+    """An Engram, V4.1 or PLE module with the source of its embeddings; none where a step has them."""
 
-    def __init__(self, engram: nn.Module, source: EmbeddingSource) -> None:
+    def __init__(self, engram: nn.Module, source: EmbeddingSource | None = None) -> None:
         super().__init__()
         self.engram = engram
         self.source = source
 
     def start(self, token_ids: Any, dead: Any = None, *, lookback: Any = None) -> Pending:
         """Begin to fetch what these tokens need; hand the result to `forward`."""
+        if self.source is None:
+            raise BadRequest("this layer has no source of its own: hand StepRows(step, layer_id) to forward")
         return self.source.start(token_ids, dead, lookback=lookback)
 
     def forward(

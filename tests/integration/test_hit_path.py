@@ -91,6 +91,30 @@ def test_a_closed_client_and_a_bad_key_are_refused_as_ever(packed: PackedStore, 
             table.lookup_ngrams(keys)
 
 
+def test_a_small_prefetch_of_hits_is_there_when_it_returns(packed: PackedStore, tmp_path: Path) -> None:
+    folder, oracle = packed.copy_to(tmp_path), packed.oracles[V41]
+    with (
+        opened(folder, small_config(BUDGET)) as made,
+        connect(f"local:{folder}", prefetch_handles_max=2) as client,
+    ):
+        table, keys = client.table(V41), random_keys(oracle, 200, masked=0.1)
+        table.lookup_ngrams(keys)
+        with made.device.held():
+            given = keys[:40].copy()
+            handle = table.prefetch_ngrams(given)
+            given[:] = -1
+            assert handle.done()
+            missing = table.prefetch_ngrams(random_keys(oracle, 1, seed=5))
+            assert not missing.done()
+            with pytest.raises(errors.Overloaded):
+                table.prefetch_ngrams(keys[:1])
+        rows = handle.wait(0)
+        assert np.array_equal(rows, oracle.lookup_ngrams(keys[:40]))
+        missing.cancel()
+        assert np.array_equal(table.prefetch_ngrams(keys).wait(30), oracle.lookup_ngrams(keys))
+        assert np.array_equal(rows, oracle.lookup_ngrams(keys[:40])), "a handle's rows are its own"
+
+
 def test_into_the_callers_buffer(packed: PackedStore, tmp_path: Path) -> None:
     folder, oracle = packed.copy_to(tmp_path), packed.oracles[V41]
     with opened(folder, small_config(BUDGET)) as made, connect(f"local:{folder}") as client:

@@ -141,6 +141,49 @@ def test_extent(capsys: pytest.CaptureFixture[str], data: Path) -> None:
     assert ours["by_part"][-1]["filled"] == pytest.approx(ours["extent_filled"], rel=0.2)
 
 
+TEXT = ["--rows-per-head", "2000", "--windows", "2", "--tokens", "20000"]
+
+
+def test_overlap(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    sizes = ["--hidden", "64,128", "--batches", "2", "--chunks", "8", "--steps", "8", "--threads", "1"]
+    budgets = ["--warm-tokens", "500", "--hit-dram-bytes", "128MiB"]
+    found = figures(capsys, data, "overlap", *TEXT, *sizes, *budgets)
+    kinds = [(s["kind"], s["hidden"], s["batch"], s["length"]) for s in found["sizes"]]
+    assert kinds == [
+        ("decode", 64, 2, 1),
+        ("prefill", 64, 1, 8),
+        ("decode", 128, 2, 1),
+        ("prefill", 128, 1, 8),
+    ]
+    for size in found["sizes"]:
+        assert size["hits"]["hit_rate"] == {"ahead": 1.0, "in-layer": 1.0}
+        assert size["tenth"]["hit_rate"]["ahead"] < 1
+        for state in ("tenth", "hits"):
+            for name in ("prefetched", "in the layer", "resident again"):
+                assert_pairs(size[state][name]["over_resident"])
+                assert set(size[state][name]["waited_share"]) == {"layer_1", "layer_5"}
+            assert size[state]["resident"]["step_ms"]["count"] == 2 * (8 if size["kind"] == "decode" else 3)
+            assert ("first_chunk_ms" in size[state]) == (size["kind"] == "prefill")
+    assert [c["kind"] for c in found["crossings"]] == ["decode", "prefill"]
+    assert [len(c["sizes"]) for c in found["crossings"]] == [2, 2]
+    assert found["dram_bytes"] == found["table_bytes"] // 10
+
+
+def test_ahead(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    sizes = ["--sizes", "1,16", "--steps", "2x1,1x40", "--busy-us", "50", "--dram-bytes", "128MiB"]
+    found = figures(capsys, data, "ahead", *TEXT, *sizes, "--transports", "local")
+    for state in ("hits", "cold"):
+        for tokens in ("1", "16"):
+            assert_pairs(found["local"]["callers"][state][tokens]["ratio"])
+    for shape in ("2x1", "1x40"):
+        told = found["local"]["dedupe"][shape]
+        assert 0 < told["distinct_share"] <= 1
+        assert_pairs(told["numbers"]["ratio"])
+        assert_pairs(told["bytes"]["ratio"])
+        for state in ("as it comes", "hits"):
+            assert 0 <= found["local"]["order"][shape][state]["in_order_share"] <= 1
+
+
 def test_wrong_sizes_are_one_line(capsys: pytest.CaptureFixture[str], data: Path) -> None:
     assert cli.main(["lookup", "--dir", str(data), "--fill", "2", *TINY]) == 2
     assert capsys.readouterr().err.count("\n") == 1

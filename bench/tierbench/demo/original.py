@@ -20,6 +20,18 @@ class OriginalRows:
         self._weights = _tensor(checkpoint, prefix + "weight")
         self._scales = _tensor(checkpoint, prefix + "scale")
 
+    @property
+    def rows(self) -> int:
+        return len(self._weights)
+
+    @property
+    def row_bytes(self) -> int:
+        return self._weights.shape[1] + self._scales.shape[1]
+
+    def read(self, part: slice) -> np.ndarray:
+        """Consecutive rows, uint8 [n, row_bytes]."""
+        return np.concatenate([self._weights[part], self._scales[part]], axis=1)
+
     def count_wrong(self, rows: np.ndarray, row_ids: np.ndarray) -> int:
         """How many of `rows` uint8 [n, heads, 264] are not the checkpoint's rows `row_ids` [n, heads]."""
         width = self._weights.shape[1]

@@ -179,6 +179,33 @@ def test_large_batches_are_decoded_block_by_block_alike() -> None:
     np.testing.assert_array_equal(whole[::100], single)
 
 
+HALVES = RowLayout((Field("weight", "float16", 132),))
+
+
+@pytest.mark.parametrize("layout", [V41, RowLayout((Field("weight", "int8", 264),), 0.25), HALVES])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (0,)])
+def test_an_index_hands_lines_to_positions(layout: RowLayout, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(11)
+    lines = rng.integers(0, 256, (4, 3, 264), dtype=np.uint8)
+    index = rng.integers(0, 4, shape)
+    for given in (lines, torch.from_numpy(lines), torch.from_numpy(lines.repeat(2, axis=2))[..., :264]):
+        plain = given.numpy() if isinstance(given, torch.Tensor) else given
+        result = dequantize(layout, given, index=index)
+        expected = dequantize(layout, plain[index])
+        assert result.shape == expected.shape
+        np.testing.assert_array_equal(result.double(), expected.double())
+
+
+@pytest.mark.parametrize("index", [[4], [-1], [0, 9]])
+def test_an_index_names_lines_that_are_there(index: list[int]) -> None:
+    with pytest.raises(BadRequest, match="index must be"):
+        dequantize(V41, np.zeros((4, 2, 264), np.uint8), index=np.array(index))
+    with pytest.raises(BadRequest, match="int32"):
+        dequantize(V41, np.zeros((4, 2, 264), np.uint8), index=np.zeros(1, np.int32))
+    with pytest.raises(BadRequest, match=r"rows \[4, 264\]"):
+        dequantize(V41, np.zeros((4, 264), np.uint8), index=np.zeros(1, np.int64))
+
+
 def test_no_rows_give_no_numbers() -> None:
     assert dequantize(V41, np.zeros((3, 0, 264), dtype=np.uint8)).shape == (3, 0, 256)
     assert dequantize(V41, torch.zeros((0, 264), dtype=torch.uint8)).shape == (0, 256)

@@ -70,7 +70,12 @@ class TestDigest:
         covered = jit.kernel_sources()
         assert Path(jit.__file__) in covered
         folders = {"/".join(path.parent.parts[-2:]) for path in covered}
-        assert folders >= {"engram_client/hashing", "engram_client/arena", "tierstore/kernels"}
+        assert folders >= {
+            "engram_client/hashing",
+            "engram_client/arena",
+            "engram_client/kernels",
+            "tierstore/kernels",
+        }
 
 
 class TestFolder:

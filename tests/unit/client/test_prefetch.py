@@ -178,6 +178,27 @@ def test_a_failed_read_is_raised_to_who_waits_and_gives_its_place_back(
     assert start(prefetcher, reads).wait(30) is not None  # the threads live
 
 
+def test_rows_that_are_there_already_count_as_a_handle_does(prefetcher: Prefetcher) -> None:
+    handles = [prefetcher.ready(ROWS) for _ in range(OPEN_MAX)]
+    with pytest.raises(Overloaded):
+        prefetcher.ready(ROWS)
+    assert handles[0].done()
+    for _ in range(2):
+        assert handles[0].wait(0) is ROWS
+    handles[1].cancel()
+    with pytest.raises(Cancelled):
+        handles[1].wait()
+    del handles[2]
+    gc.collect()
+    handles += [prefetcher.ready(ROWS) for _ in range(3)]
+    with pytest.raises(Overloaded):
+        prefetcher.ready(ROWS)
+    prefetcher.close()
+    assert handles[0].wait(0) is ROWS
+    with pytest.raises(Cancelled, match="closed"):
+        prefetcher.ready(ROWS)
+
+
 def test_several_reads_run_at_once(prefetcher: Prefetcher) -> None:
     together = threading.Barrier(THREADS)
 

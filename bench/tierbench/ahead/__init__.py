@@ -1,0 +1,1 @@
+"""What asking ahead costs and gains, apart from any model."""
