@@ -17,7 +17,7 @@ Within a read, positions whose n-grams are all equal can be asked for once, and 
 position. That pays where rows travel over a connection and a step is large: a quarter of 4096 tokens of
 source code has been there before, and next to nothing in a decode step. Where this process copies hits
 itself, handing them on costs more than asking once saves. So it is done from `DEDUPE_POSITIONS_MIN`
-positions on, over connections (docs/decisions/0016-*). The service reads once what several ask for in any
+positions on, over connections (docs/decisions/0017-*). The service reads once what several ask for in any
 case, and the rows of `wait` always have the shape of the step's tokens.
 
 Drafts are candidates for the next tokens of each sequence, all asked for at once; `choose` keeps one a
