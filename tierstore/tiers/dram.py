@@ -39,6 +39,7 @@ class Arena:
         self._resizing = threading.Lock()
         self._collapsing = Collapsing()
         self._records = 0
+        self.on_change: Callable[[], None] = lambda: None  # called when `regions` has changed
 
     @property
     def geometry(self) -> ArenaGeometry:
@@ -48,6 +49,11 @@ class Arena:
         """Where all records are, to be kept while it is read by address; None while they move."""
         region = self._region
         return region if self._old is None else None
+
+    def regions(self) -> tuple[Region, ...]:
+        """Where records are: in one region, or while they move in the new one and then the old one."""
+        with self._writing:
+            return (self._region, self._old) if self._old else (self._region,)
 
     def read(
         self,
@@ -126,10 +132,14 @@ class Arena:
             with self._writing:
                 self._old, self._region = self._region, Region(geometry)
                 self._records = 0
+            self.on_change()
             self._move_records(self._old, self._region)
+            old = self._old
             with self._writing:
                 self._old = None
                 self._note(np.zeros(2, np.int64))
+            self.on_change()
+            old.free()
 
     def _move_records(self, old: Region, new: Region) -> None:
         counts = np.zeros(2, np.int64)

@@ -1,0 +1,148 @@
+"""Rows out of a daemon's memory on the same machine: hits without asking, misses through a mailbox.
+
+Whatever that way cannot do goes over gRPC: tables and control, hints, and every look-up while there is
+no attachment, no free place in the mailbox, or a daemon that is shutting down.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from engram_client.arena.shared_read import read_shared
+from engram_client.arrays import address_of
+from engram_client.deadline import Deadline
+from engram_client.errors import Cancelled
+from engram_client.spec import TableSpec
+from engram_client.transport.attachment import View
+from engram_client.transport.base import HitPath, LookupRequest
+from engram_client.transport.grpc import GrpcTransport
+from engram_client.transport.handoff import NoSharedMemory
+from engram_client.transport.link import FIRST_ATTEMPT_S, Link
+from engram_client.transport.mailbox import Request
+
+REQUESTS_AHEAD = 2  # of one look-up on the way at once
+INT64, UINT8 = np.dtype(np.int64), np.dtype(np.uint8)
+
+
+class SharedTransport:
+    """See `Transport`. `path` is that of the daemon's unix socket, `remote` reaches the same daemon."""
+
+    def __init__(self, path: str, remote: GrpcTransport) -> None:
+        self._remote = remote
+        self._link = Link(path)
+        self._closed = False
+
+    @property
+    def attached(self) -> bool:
+        """Whether look-ups read shared memory now."""
+        return self._link.attachment is not None
+
+    def list_tables(self) -> dict[str, TableSpec]:
+        tables = self._remote.list_tables()
+        self._link.start(FIRST_ATTEMPT_S)  # only now: there is a daemon
+        return tables
+
+    def describe_table(self, name: str) -> TableSpec:
+        return self._remote.describe_table(name)
+
+    def prefetch(self, request: LookupRequest) -> bool:
+        return self._remote.prefetch(request)
+
+    def stats(self) -> dict[str, int]:
+        return self._remote.stats()
+
+    def set_dram_budget(self, budget_bytes: int) -> int:
+        return self._remote.set_dram_budget(budget_bytes)
+
+    def lookup(self, request: LookupRequest, out: np.ndarray, timeout_s: float | None) -> None:
+        attachment = self._link.attachment
+        if attachment is None:
+            if not self._link.started:  # in a forked child
+                self._link.start()
+            self._remote.lookup(request, out, timeout_s)
+            return
+        view = attachment.view((request.table, request.generation, request.address, request.heads))
+        deadline = Deadline.after(timeout_s)
+        if view is None or not self._look_up(view, request, out, deadline):
+            self._remote.lookup(request, out, deadline.remaining_s())
+
+    def _look_up(self, view: View, request: LookupRequest, out: np.ndarray, deadline: Deadline) -> bool:
+        """False where the whole look-up has to go another way."""
+        ids = request.ids.reshape(-1)
+        found = view.read(ids, out)
+        if found is None:
+            return False
+        misses, masked = found
+        if not misses.size:
+            return True
+        if not view.entries_max:
+            return False
+        try:
+            self._ask(view, ids, misses, address_of(out), deadline)
+        except NoSharedMemory:
+            if self._closed:
+                raise Cancelled("the client was closed while rows were read") from None
+            return False
+        view.count(ids.size, masked, ids.size - masked - misses.size)
+        return True
+
+    def _ask(self, view: View, ids: np.ndarray, misses: np.ndarray, out: int, deadline: Deadline) -> None:
+        """Have the daemon read what is missing, so many entries a request, a few requests at once."""
+        waiting: deque[tuple[np.ndarray, Request]] = deque()
+        try:
+            for start in range(0, misses.size, view.entries_max):
+                if len(waiting) == REQUESTS_AHEAD:
+                    _finish(waiting, out, deadline)
+                part = misses[start : start + view.entries_max]
+                orders = (part % view.orders).astype(np.uint8)
+                request = view.mailbox.post(view.request, ids[part], orders, view.part_bytes, deadline)
+                waiting.append((part, request))
+            while waiting:
+                _finish(waiting, out, deadline)
+        finally:
+            for _, request in waiting:
+                request.give_back()
+
+    def hit_path(self, spec: TableSpec) -> HitPath | None:
+        """Whole records of a record-addressed table, in one kernel call."""
+        scheme = spec.scheme
+        if scheme is None or spec.addressing != "record":
+            return None
+        link, key = self._link, (spec.name, spec.generation, "ngram", None)
+        orders, row_shape = scheme.orders, (scheme.orders * scheme.heads, spec.row_bytes)
+
+        def look_up(keys: np.ndarray, out: np.ndarray | None) -> np.ndarray | None:
+            attachment = link.attachment
+            if (
+                attachment is None
+                or keys.dtype is not INT64
+                or not keys.flags.c_contiguous
+                or keys.shape[-1:] != (orders,)
+                or keys.size == 0
+            ):
+                return None
+            view = attachment.view(key)
+            shape = keys.shape[:-1] + row_shape
+            rows = np.empty(shape, np.uint8) if out is None else out
+            if view is None or rows.dtype is not UINT8 or rows.shape != shape or not rows.flags.carray:
+                return None
+            missed = read_shared(view.address, address_of(keys), keys.size, address_of(rows), 0)
+            return rows if missed == 0 else None
+
+        return look_up
+
+    def close(self) -> None:
+        self._closed = True
+        self._link.close()
+        self._remote.close()
+
+
+def _finish(waiting: deque[tuple[np.ndarray, Request]], out: int, deadline: Deadline) -> None:
+    """Wait for the oldest request and copy its rows."""
+    positions, request = waiting[0]
+    request.wait(deadline)
+    request.spread(positions, out)
+    waiting.popleft()
+    request.give_back()
