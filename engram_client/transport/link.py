@@ -35,7 +35,7 @@ class Link:
     """Look at `attachment` for what there is now; None where rows go by gRPC. Thread safe."""
 
     def __init__(self, path: str) -> None:
-        self._path = path + SUFFIX
+        self._socket, self._path = path, path + SUFFIX
         self.attachment: Attachment | None = None
         self._said = False
         self._begin_anew()
@@ -117,8 +117,8 @@ class Link:
                 fixed.mailbox.end()
 
     def _say(self, error: Exception) -> None:
-        """Why there is no shared memory, once until there is again."""
-        if self._said or self._closing.is_set():
+        """Why there is no shared memory, once until there is again; not of a daemon that is not there."""
+        if self._said or self._closing.is_set() or not os.path.exists(self._socket):
             return
         self._said = True
         log.warning(
