@@ -108,13 +108,13 @@ class Workers:
             raise Unavailable("the daemon is shutting down and takes no new requests; try again soon")
         if words[WITHDRAWN]:
             raise Cancelled("nobody waits for this request any more")
+        timeout_s = words[TIMEOUT_NS] / 1e9 if words[TIMEOUT_NS] >= 0 else None
         try:
             access, ids, rows = self._checked(guest, words)
+            self._store.lookup_entries(access, ids, rows, Deadline.after(timeout_s))
         except BadRequest:
             self._store.counters.add(shm_refused=1)
             raise
-        timeout_s = words[TIMEOUT_NS] / 1e9 if words[TIMEOUT_NS] >= 0 else None
-        self._store.lookup_entries(access, ids, rows, Deadline.after(timeout_s))
 
     def _checked(self, guest: Guest, words: list[int]) -> tuple[Access, np.ndarray, np.ndarray]:
         """How the entries are found, the entries, and where their rows go. Raises BadRequest."""
