@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,16 @@ from engram_client import Table, connect
 from engram_client.errors import DataCorrupt
 from tierbench.alternate import Step, against_best, alternate, latencies_us, rate_of_callers
 from tierbench.filled_arena import FilledArena
-from tierbench.record import summarize
+from tierbench.record import compare, summarize
 from tierbench.yardsticks.index_select import index_select_steps, with_threads
-from tierbench.yardsticks.take import take_step
 from tierstore.config import Config
 from tierstore.config.schema import Dram
 from tierstore.store import open_store
 
 LATENCY_CALLS = 2000  # in one window
-NUMPY = "numpy.take"
+TORCH = "torch.index_select int64"
 Contender = Callable[[], float]
+Callers = Callable[[int], Step]  # number of the caller -> its step
 
 
 def row_batches(table: np.ndarray, batches: int, rows: int, seed: int) -> np.ndarray:
@@ -33,7 +33,7 @@ def row_batches(table: np.ndarray, batches: int, rows: int, seed: int) -> np.nda
 def gather_contenders(
     table: np.ndarray, ids: np.ndarray, threads: int, window_s: float
 ) -> dict[str, Contender]:
-    """Every form in which the yardsticks can use `threads` threads."""
+    """Every form in which torch can use `threads` threads."""
     half = len(ids) // 2
     callers = [index_select_steps(table, ids, half * t) for t in range(threads)]
     found: dict[str, Contender] = {}
@@ -41,40 +41,63 @@ def gather_contenders(
         found[name] = partial(with_threads, threads, partial(rate_of_callers, [step], window_s))
     if threads > 1:
         for name in callers[0]:
-            steps = [c[name] for c in callers]
-            found[f"{name}, {threads} callers"] = partial(
-                with_threads, 1, partial(rate_of_callers, steps, window_s)
-            )
-    else:
-        found[NUMPY] = partial(rate_of_callers, [take_step(table, ids)], window_s)
+            found[f"{name}, {threads} callers"] = _torch_callers([c[name] for c in callers], window_s)
     return found
 
 
+def _torch_callers(steps: list[Step], window_s: float) -> Contender:
+    return partial(with_threads, 1, partial(rate_of_callers, steps, window_s))
+
+
 def throughput(
-    ours: Callable[[int], Step],
+    ours: Callers,
     table: np.ndarray,
     ids: np.ndarray,
     *,
+    beside: Callable[[int], Mapping[str, list[Step]]],
     threads: tuple[int, ...],
     windows: int,
     window_s: float,
     label: str,
 ) -> dict[str, Any]:
-    """Rows/s by number of threads; `ours(t)` is the step of caller t."""
+    """Rows/s by number of threads. The bar is set against torch; medians of those `beside` are told."""
     found = {}
     for count in threads:
-        contenders = gather_contenders(table, ids, count, window_s)
-        contenders["ours"] = partial(rate_of_callers, [ours(t) for t in range(count)], window_s)
+        bars = gather_contenders(table, ids, count, window_s)
+        others = {name: partial(rate_of_callers, steps, window_s) for name, steps in beside(count).items()}
+        mine = {"ours": partial(rate_of_callers, [ours(t) for t in range(count)], window_s)}
+        contenders: dict[str, Contender] = {**bars, **others, **mine}
         samples = alternate(windows, contenders, f"{label}, {count} threads")
-        found[f"threads_{count}"] = _told(samples)
+        found[f"threads_{count}"] = against_best(
+            samples["ours"], {name: samples[name] for name in bars}, {name: samples[name] for name in others}
+        )
     return found
 
 
-def _told(samples: dict[str, list[float]]) -> dict[str, Any]:
-    """The bar is set against torch; numpy's median stands beside."""
-    ours = samples.pop("ours")
-    beside = {name: samples.pop(name) for name in (NUMPY,) if name in samples}
-    return against_best(ours, samples, beside)
+def scaling(
+    ours: Callers,
+    table: np.ndarray,
+    ids: np.ndarray,
+    *,
+    threads: int,
+    windows: int,
+    window_s: float,
+    label: str,
+) -> dict[str, Any]:
+    """Rows/s of several threads against those of one; torch's show what the machine can do."""
+    half = len(ids) // 2
+    gathers = [index_select_steps(table, ids, half * t)[TORCH] for t in range(threads)]
+    mine = [ours(t) for t in range(threads)]
+    contenders: dict[str, Contender] = {}
+    for count in (1, threads):
+        contenders[f"ours {count}"] = partial(rate_of_callers, mine[:count], window_s)
+        contenders[f"{TORCH} {count}"] = _torch_callers(gathers[:count], window_s)
+    samples = alternate(windows, contenders, f"{label}, {threads} threads against one")
+    return {
+        "threads": threads,
+        "ours": compare(samples[f"ours {threads}"], samples["ours 1"]),
+        TORCH: compare(samples[f"{TORCH} {threads}"], samples[f"{TORCH} 1"]),
+    }
 
 
 def latency(contenders: dict[str, Step], windows: int, label: str) -> dict[str, Any]:

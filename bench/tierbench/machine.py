@@ -9,7 +9,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("numpy", "numba", "llvmlite", "torch", "grpcio", "protobuf", "lmdb", "tokenizers", "msgspec")
+PACKAGES = (
+    *("numpy", "numba", "llvmlite", "torch", "grpcio", "protobuf", "lmdb", "tokenizers", "msgspec"),
+    "engramdb-python",
+)
 
 
 def describe_machine(data_path: Path) -> dict[str, Any]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import mmap
+from dataclasses import dataclass
 
 import numpy as np
-
-HUGE_PAGE_LINES = ("AnonHugePages:", "ShmemPmdMapped:")
 
 
 def resident_rows(rows: int, row_bytes: int, seed: int) -> np.ndarray:
@@ -21,8 +20,17 @@ def resident_rows(rows: int, row_bytes: int, seed: int) -> np.ndarray:
     return table
 
 
-def huge_page_bytes() -> int:
-    """Of this process's memory, shared memory included, how much lies on huge pages now."""
+@dataclass(frozen=True)
+class HugePageBytes:
+    """How much of this process's memory lies on huge pages now."""
+
+    anonymous: int  # the resident table
+    shared: int  # the arenas
+
+
+def huge_page_bytes() -> HugePageBytes:
+    """As the kernel counts it."""
     with open("/proc/self/smaps_rollup", encoding="ascii") as lines:
-        kib = sum(int(line.split()[1]) for line in lines if line.startswith(HUGE_PAGE_LINES))
-    return kib * 1024
+        kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)
+               if name in ("AnonHugePages", "ShmemPmdMapped")}  # fmt: skip
+    return HugePageBytes(kib["AnonHugePages"] * 1024, kib["ShmemPmdMapped"] * 1024)

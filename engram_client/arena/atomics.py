@@ -14,7 +14,9 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic as _numba_intrinsic
 
 intrinsic: Any = _numba_intrinsic  # what it returns is called by kernels, with their arguments
-_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+HALVES = 16  # that `equal_halves` compares
+MOVE_BYTES = 32  # of `move_bytes`
 
 
 def _pointer(builder: ir.IRBuilder, address: ir.Value, pointee: ir.Type) -> ir.Value:
@@ -96,18 +98,67 @@ def fence_release(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
+def _prefetch(closeness: int) -> Any:
+    @intrinsic
+    def prefetch(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            function_type = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+            function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+            read, data = _I32(0), _I32(1)
+            builder.call(function, [_pointer(builder, args[0], _I8), read, _I32(closeness), data])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), codegen
+
+    return prefetch
+
+
+# Ask for the cache line at an address; any address is safe. The second cache can wait for more lines at a
+# time than the first.
+prefetch_line, prefetch_line_to_second_cache = _prefetch(3), _prefetch(2)
+
+
 @intrinsic
-def prefetch_line(typingctx: Any, address: Any) -> Any:
-    """Ask for the cache line at an address; any address is safe."""
+def equal_halves(typingctx: Any, address: Any, value: Any) -> Any:
+    """Which of the 16 uint16 at a 2-byte aligned address are `value`: bit i for number i.
+
+    They are read in no particular order, so with a writer about this is a guess.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        signature_ = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, signature_, "llvm.prefetch.p0")
-        read, keep, data = _I32(0), _I32(3), _I32(1)
-        builder.call(function, [_pointer(builder, args[0], _I8), read, keep, data])
+        vector = ir.VectorType(_I16, HALVES)
+        halves = builder.load(_pointer(builder, args[0], vector), align=2)
+        undefined, everywhere = (
+            ir.Constant(vector, ir.Undefined),
+            ir.Constant(ir.VectorType(_I32, HALVES), None),
+        )
+        first = builder.insert_element(undefined, builder.trunc(args[1], _I16), _I32(0))
+        wanted = builder.shuffle_vector(first, undefined, everywhere)
+        return builder.zext(builder.bitcast(builder.icmp_unsigned("==", halves, wanted), _I16), _I64)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def lowest_bit(typingctx: Any, bits: Any) -> Any:
+    """Number of the lowest bit that is set; `bits` must not be 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], _I1(1))
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def move_bytes(typingctx: Any, target: Any, source: Any) -> Any:
+    """Copy 32 bytes from `source` to `target`, through registers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        target_, source_ = (_pointer(builder, a, ir.VectorType(_I8, MOVE_BYTES)) for a in args)
+        builder.store(builder.load(source_, align=1), target_, align=1)
         return context.get_dummy_value()
 
-    return types.void(types.int64), codegen
+    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic

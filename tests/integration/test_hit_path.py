@@ -13,6 +13,12 @@ from tests.support.stores import V41, V41_ROWS, PackedStore, opened, random_keys
 BUDGET = 128 << 20
 
 
+def read_only(array: np.ndarray) -> np.ndarray:
+    copied = array.copy()
+    copied.flags.writeable = False
+    return copied
+
+
 def test_hits_take_the_short_way_and_are_counted_alike(packed: PackedStore, tmp_path: Path) -> None:
     folder, oracle = packed.copy_to(tmp_path), packed.oracles[V41]
     with opened(folder, small_config(BUDGET)) as made, connect(f"local:{folder}") as client:
@@ -39,12 +45,15 @@ def test_shapes(packed: PackedStore, tmp_path: Path) -> None:
         rows = table.lookup_ngrams(keys)
         short = made.store.hit_path(V41, table.spec.generation)
         assert short is not None
-        for part in (keys, keys[0], keys[0, 0], keys[0, 0, 0]):
+        for part in (keys, keys[0], keys[0, 0], keys[0, 0, 0], keys[:, ::2], read_only(keys[0, 0])):
             found = short(part)
             assert found is not None
             assert np.array_equal(found, oracle.lookup_ngrams(part))
         assert np.array_equal(table.lookup_ngrams(keys), rows)
-        for other in (keys.astype(np.int32), keys[:, ::2], keys[..., :2], keys[:0], np.array(3)):
+        flat = keys.reshape(-1, keys.shape[-1])
+        for other in (keys.astype(np.int32), flat.astype(np.int32), flat[:, :2], flat[:0]):
+            assert short(other) is None
+        for other in (keys[..., :2], keys[:0], keys[:, :0], np.array(3)):
             assert short(other) is None
 
 
@@ -90,12 +99,17 @@ def test_into_the_callers_buffer(packed: PackedStore, tmp_path: Path) -> None:
         out = np.zeros_like(expected)
         assert short(keys, out) is out
         assert np.array_equal(out, expected)
-        read_only = np.zeros_like(expected)
-        read_only.flags.writeable = False
-        for other in (out[:5], out.astype(np.int8), np.zeros((20, *out.shape[1:]), np.uint8)[::2], read_only):
+        fixed = read_only(out)
+        for other in (out[:5], out.astype(np.int8), np.zeros((20, *out.shape[1:]), np.uint8)[::2], fixed):
             assert short(keys, other) is None
+            assert short(keys.reshape(5, 2, -1), other) is None
+        shaped = np.zeros((5, 2, *out.shape[1:]), np.uint8)
+        assert short(keys.reshape(5, 2, -1), shaped) is shaped
+        assert np.array_equal(shaped.reshape(out.shape), expected)
+        gaps = np.zeros((5, 4, *out.shape[1:]), np.uint8)[:, ::2]
+        assert short(keys.reshape(5, 2, -1), gaps) is None
         out[:] = 0
         table.lookup_ngrams_into(keys, out)
         assert np.array_equal(out, oracle.lookup_ngrams(keys))
         with pytest.raises(errors.BadRequest):
-            table.lookup_ngrams_into(keys, read_only)
+            table.lookup_ngrams_into(keys, fixed)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tierbench import cli
+from tierbench import beside, cli
 from tierbench.alternate import against_best, alternate, latencies_us, rate, rate_of_callers
 from tierbench.filled_arena import filled_arena
 
@@ -44,6 +44,7 @@ def assert_pairs(found: dict[str, Any]) -> None:
 
 
 def test_lookup(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    """The yardsticks compare what they fetch with what was put in."""
     sizes = ["--arena-bytes", "8MiB", "--tokens", "8", "--warm-tokens", "16", "--threads", "1,2"]
     found = figures(capsys, data, "lookup", *TINY, *sizes)
     assert found["rows_a_batch"] == 8 * 48
@@ -51,9 +52,28 @@ def test_lookup(capsys: pytest.CaptureFixture[str], data: Path) -> None:
         for threads in ("threads_1", "threads_2"):
             assert_pairs(found[kind]["batch"][threads])
             assert found[kind]["batch"][threads]["yardstick_name"].startswith("torch.index_select")
+            assert found[kind]["batch"][threads]["medians"]["numpy.take"] > 0
+        assert found[kind]["scaling"]["threads"] == 2
+        assert_pairs(found[kind]["scaling"]["ours"])
         assert {"ours", "torch.index_select int64"} <= set(found[kind]["token"])
+        medians = [found[kind]["batch"][threads]["medians"] for threads in ("threads_1", "threads_2")]
+        for name, told in zip((beside.ENGRAMDB, f"{beside.ENGRAMDB}, 2 callers"), medians, strict=True):
+            assert (name in told) == (found["engramdb"]["version"] is not None)
+    assert not (data / "engramdb").exists()
     assert found["api"]["misses"] == 0
     assert 0.7 < found["records"]["fill"] <= 0.8
+
+
+def test_lookup_says_where_engramdb_is_missing(
+    capsys: pytest.CaptureFixture[str], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beside, "installed_version", lambda: None)
+    sizes = ["--arena-bytes", "8MiB", "--tokens", "8", "--warm-tokens", "16", "--threads", "1"]
+    assert cli.main(["lookup", "--dir", str(data), "--json", *TINY, *sizes]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["engramdb"]["version"] is None
+    assert "not installed" in found["engramdb"]["note"]
+    assert beside.ENGRAMDB not in found["rows"]["batch"]["threads_1"]["medians"]
 
 
 def test_cold(capsys: pytest.CaptureFixture[str], data: Path) -> None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from engram_client.arrays import address_of
 from tierstore.kernels.hits import read_all_or_nothing
 from tierstore.store.gate import Gate
 from tierstore.store.table import ServedTable
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.dram import Arena
+from tierstore.tiers.region import Region
 
 INT64, UINT8 = np.dtype(np.int64), np.dtype(np.uint8)
 
@@ -34,35 +34,60 @@ class HitPath:
         self._gate = gate
         self._arena = arena
         self._totals = counters.hit_totals
-        self._totals_at = int(self._totals.ctypes.data)
         self._owner = table.owner
         self._orders = scheme.orders
         self._record_bytes = table.spec.record_bytes
-        self._row_shape = (scheme.orders * scheme.heads, table.spec.row_bytes)
-        self._keys_max = keys_max
+        self._heads = scheme.orders * scheme.heads
+        self._row_bytes = table.spec.row_bytes
+        self._entries_max = keys_max // scheme.orders
+        self._aimed: tuple[Region | None, np.ndarray] = (None, np.empty(0, np.int64))
 
     def __call__(self, keys: np.ndarray, out: np.ndarray | None = None) -> np.ndarray | None:
-        region = self._arena.settled_region()
+        if keys.ndim != 2:
+            return self._reshaped(keys, out)
+        entries, orders = keys.shape
         if (
-            keys.dtype is not INT64
-            or not keys.flags.c_contiguous
-            or keys.shape[-1:] != (self._orders,)
-            or not 0 < keys.size <= self._keys_max
-            or region is None
+            orders != self._orders
+            or not 0 < entries <= self._entries_max
+            or keys.dtype is not INT64
             or self._gate.closed
         ):
             return None
-        shape = keys.shape[:-1] + self._row_shape
-        rows = np.empty(shape, np.uint8) if out is None else out
-        if rows.dtype is not UINT8 or rows.shape != shape or not rows.flags.carray:
+        shape = (entries, self._heads, self._row_bytes)
+        if out is None:
+            rows = np.empty(shape, np.uint8)
+        elif out.shape == shape and out.dtype is UINT8 and out.flags.carray:
+            rows = out
+        else:
             return None
-        whole = read_all_or_nothing(
-            *region.places,
-            keys.reshape(-1),
-            self._owner,
-            self._orders,
-            self._record_bytes,
-            address_of(rows),
-            self._totals_at,
-        )
-        return rows if whole else None
+        if not keys.flags.carray:  # the kernel is compiled for one kind of array
+            keys = keys.copy()
+        region, places = self._aimed  # kept here while they are read by address
+        if region is None or region is not self._arena.settled_region():
+            region, places = self._aim()
+            if region is None:
+                return None
+        return rows if read_all_or_nothing(places, keys, rows) else None
+
+    def _aim(self) -> tuple[Region | None, np.ndarray]:
+        """Where the records are now; no region while they move."""
+        region = self._arena.settled_region()
+        if region is None:
+            return None, self._aimed[1]
+        totals = int(self._totals.ctypes.data)
+        places = np.array([*region.places, self._owner, self._record_bytes, totals], np.int64)
+        self._aimed = (region, places)
+        return self._aimed
+
+    def _reshaped(self, keys: np.ndarray, out: np.ndarray | None) -> np.ndarray | None:
+        """The same for keys of any other shape."""
+        shape = (*keys.shape[:-1], self._heads, self._row_bytes)
+        if keys.shape[-1:] != (self._orders,):
+            return None
+        if out is None:
+            rows = self(keys.reshape(-1, self._orders))
+            return None if rows is None else rows.reshape(shape)
+        if out.shape != shape or not out.flags.carray:  # reshaping would copy it
+            return None
+        rows = self(keys.reshape(-1, self._orders), out.reshape(-1, self._heads, self._row_bytes))
+        return None if rows is None else out
