@@ -25,7 +25,6 @@ from engram_client.arena.mailbox import (
     aligned,
 )
 from engram_client.arena.mapping import SharedMapping
-from engram_client.arrays import address_of
 from engram_client.transport.handoff import (
     CONTROL_BYTES,
     FIXED_DESCRIPTORS,
@@ -37,6 +36,7 @@ from engram_client.transport.handoff import (
 from engram_client.transport.mailbox import Mailbox
 
 PAGE_BYTES = 4096
+NO_MISSES, NO_COUNT = np.empty(0, np.int64), np.empty(1, np.int64)  # for who takes all or nothing
 ViewKey = tuple[str, str, str, tuple[int, int] | None]  # table, generation, address, heads
 
 
@@ -150,44 +150,46 @@ class View:
         self.request = (table.number, BY_KEY if by_key else BY_ROW, start << 32 | stop if heads else 0)
         self.entries_max = self.mailbox.entries_max(self.part_bytes)
         self.cached = bool(regions)
-        self._words = np.zeros(kernels.VIEW_WORDS, np.int64)
-        self.address = int(self._words.ctypes.data)
-        self._alive = (attachment.fixed, regions)
-        words = self._words
-        words[kernels.CONTROL // 8], words[kernels.SERVING // 8] = attachment.fixed.control.address, serving
-        words[kernels.OWNER // 8], words[kernels.ORDERS // 8] = table.number << ORDER_BITS, self.orders
-        words[kernels.PART_AT // 8] = start * table.row_bytes
-        words[kernels.PART_BYTES // 8] = self.part_bytes
-        words[kernels.MAILBOX // 8] = self.mailbox.address
-        words[kernels.TOUCH_MASK // 8] = self.mailbox.touch_mask
+        self._alive = (attachment.fixed, regions)  # what the words point to
+        words = self.words = np.zeros(kernels.VIEW_WORDS, np.int64)
+        words[kernels.CONTROL], words[kernels.SERVING] = attachment.fixed.control.address, serving
+        words[kernels.TABLE_OWNER] = table.number << ORDER_BITS
+        words[kernels.PART_AT], words[kernels.PART_BYTES] = start * table.row_bytes, self.part_bytes
+        words[kernels.MAILBOX], words[kernels.TOUCH_MASK] = self.mailbox.address, self.mailbox.touch_mask
         for at, region in zip((kernels.NEW_REGION, kernels.OLD_REGION), regions, strict=False):
-            words[at // 8 : at // 8 + len(region.words)] = region.words
+            words[at : at + kernels.REGION_WORDS] = region.words
 
     def read(self, ids: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, int] | None:
         """Fill what is cached; the positions of entries that are not, int64, and how many are -1.
 
-        `ids` int64, `out` uint8, both C-contiguous. None where the daemon has told its clients to stop.
+        `ids` int64 [n, orders], `out` uint8, both C-contiguous. None where the daemon has told its clients
+        to stop.
         """
-        misses = np.empty(ids.size + 1, np.int64)
-        missed = kernels.read_shared(
-            self.address, address_of(ids), ids.size, address_of(out), address_of(misses)
-        )
+        misses, counts = np.empty(ids.size, np.int64), np.zeros(1, np.int64)
+        rows = out.reshape(len(ids), 1, -1)
+        missed = kernels.read_shared(self.words, one_kind_of(ids), rows, misses, counts)
         if missed == kernels.NOT_SERVING:
             return None
-        return misses[:missed], int(misses[missed])
+        return misses[:missed], int(counts[0])
 
     def count(self, keys: int, masked: int, hits: int) -> None:
         """Add a look-up with misses to this client's counters, once it was answered."""
-        kernels.count_lookup(self.address, keys, masked, hits)
+        kernels.count_lookup(self.words, keys, masked, hits)
+
+
+def one_kind_of(ids: np.ndarray) -> np.ndarray:
+    """As they are, or a copy where they cannot be written: the kernel is compiled for one kind of array."""
+    return ids if ids.flags.carray else ids.copy()
 
 
 def warm_kernels() -> None:
     """Load or compile what a look-up calls, so that the first one does not."""
     memory, words = np.zeros(TOUCHES_AT // 8, np.int64), np.zeros(kernels.VIEW_WORDS, np.int64)
-    mailbox, view, scratch = (int(array.ctypes.data) for array in (memory, words, np.zeros(2, np.int64)))
-    words[kernels.CONTROL // 8] = words[kernels.MAILBOX // 8] = mailbox
-    words[kernels.ORDERS // 8] = 1
-    kernels.read_shared(view, 0, 0, 0, 0)
+    timespec = np.zeros(2, np.int64)
+    mailbox, scratch = int(memory.ctypes.data), int(timespec.ctypes.data)
+    words[kernels.CONTROL] = words[kernels.MAILBOX] = mailbox
+    kernels.read_shared(words, np.zeros((0, 1), np.int64), np.zeros((0, 1, 1), np.uint8), NO_MISSES, NO_COUNT)
+    kernels.count_lookup(words, 0, 0, 0)
     requests.post(mailbox, 0)
     requests.wait_done(mailbox, 0, mailbox, 0, scratch)
     requests.spread_parts(0, 0, 0, 0, 0)

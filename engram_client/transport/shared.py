@@ -15,7 +15,7 @@ from engram_client.arrays import address_of
 from engram_client.deadline import Deadline
 from engram_client.errors import Cancelled
 from engram_client.spec import TableSpec
-from engram_client.transport.attachment import View
+from engram_client.transport.attachment import NO_COUNT, NO_MISSES, View, ViewKey, one_kind_of
 from engram_client.transport.base import HitPath, LookupRequest
 from engram_client.transport.grpc import GrpcTransport
 from engram_client.transport.handoff import NoSharedMemory
@@ -24,6 +24,54 @@ from engram_client.transport.mailbox import Request
 
 REQUESTS_AHEAD = 2  # of one look-up on the way at once
 INT64, UINT8 = np.dtype(np.int64), np.dtype(np.uint8)
+
+
+class SharedHitPath:
+    """Call it with n-gram keys int64 [..., orders]: rows uint8 [..., H, row_bytes], or None.
+
+    With `out` the rows go there, if it is such an array; its content is undefined after a None.
+    """
+
+    def __init__(self, link: Link, spec: TableSpec) -> None:
+        assert spec.scheme is not None
+        self._link = link
+        self._key: ViewKey = (spec.name, spec.generation, "ngram", None)
+        self._orders = spec.scheme.orders
+        self._heads = spec.scheme.orders * spec.scheme.heads
+        self._row_bytes = spec.row_bytes
+
+    def __call__(self, keys: np.ndarray, out: np.ndarray | None = None) -> np.ndarray | None:
+        if keys.ndim != 2:
+            return self._reshaped(keys, out)
+        entries, orders = keys.shape
+        attachment = self._link.attachment
+        if attachment is None or orders != self._orders or entries == 0 or keys.dtype is not INT64:
+            return None
+        view = attachment.view(self._key)
+        if view is None:
+            return None
+        shape = (entries, self._heads, self._row_bytes)
+        if out is None:
+            rows = np.empty(shape, np.uint8)
+        elif out.shape == shape and out.dtype is UINT8 and out.flags.carray:
+            rows = out
+        else:
+            return None
+        missed = read_shared(view.words, one_kind_of(keys), rows, NO_MISSES, NO_COUNT)
+        return rows if missed == 0 else None
+
+    def _reshaped(self, keys: np.ndarray, out: np.ndarray | None) -> np.ndarray | None:
+        """The same for keys of any other shape."""
+        shape = (*keys.shape[:-1], self._heads, self._row_bytes)
+        if keys.shape[-1:] != (self._orders,):
+            return None
+        if out is None:
+            rows = self(keys.reshape(-1, self._orders))
+            return None if rows is None else rows.reshape(shape)
+        if out.shape != shape or not out.flags.carray:  # reshaping would copy it
+            return None
+        rows = self(keys.reshape(-1, self._orders), out.reshape(-1, self._heads, self._row_bytes))
+        return None if rows is None else out
 
 
 class SharedTransport:
@@ -70,8 +118,7 @@ class SharedTransport:
 
     def _look_up(self, view: View, request: LookupRequest, out: np.ndarray, deadline: Deadline) -> bool:
         """False where the whole look-up has to go another way."""
-        ids = request.ids.reshape(-1)
-        found = view.read(ids, out)
+        found = view.read(request.ids.reshape(-1, view.orders), out)
         if found is None:
             return False
         misses, masked = found
@@ -80,6 +127,7 @@ class SharedTransport:
         if not view.entries_max:
             return False
         try:
+            ids = request.ids.reshape(-1)
             self._ask(view, ids, misses, address_of(out), deadline)
         except NoSharedMemory:
             if self._closed:
@@ -107,31 +155,9 @@ class SharedTransport:
 
     def hit_path(self, spec: TableSpec) -> HitPath | None:
         """Whole records of a record-addressed table, in one kernel call."""
-        scheme = spec.scheme
-        if scheme is None or spec.addressing != "record":
+        if spec.scheme is None or spec.addressing != "record":
             return None
-        link, key = self._link, (spec.name, spec.generation, "ngram", None)
-        orders, row_shape = scheme.orders, (scheme.orders * scheme.heads, spec.row_bytes)
-
-        def look_up(keys: np.ndarray, out: np.ndarray | None) -> np.ndarray | None:
-            attachment = link.attachment
-            if (
-                attachment is None
-                or keys.dtype is not INT64
-                or not keys.flags.c_contiguous
-                or keys.shape[-1:] != (orders,)
-                or keys.size == 0
-            ):
-                return None
-            view = attachment.view(key)
-            shape = keys.shape[:-1] + row_shape
-            rows = np.empty(shape, np.uint8) if out is None else out
-            if view is None or rows.dtype is not UINT8 or rows.shape != shape or not rows.flags.carray:
-                return None
-            missed = read_shared(view.address, address_of(keys), keys.size, address_of(rows), 0)
-            return rows if missed == 0 else None
-
-        return look_up
+        return SharedHitPath(self._link, spec)
 
     def close(self) -> None:
         self._closed = True

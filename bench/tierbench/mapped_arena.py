@@ -51,23 +51,22 @@ class MappedArena:
         for at, value in (
             (shared_read.CONTROL, self.control.ctypes.data),
             (shared_read.SERVING, 1),
-            (shared_read.OWNER, OWNER),
-            (shared_read.ORDERS, 1),
+            (shared_read.TABLE_OWNER, OWNER),
             (shared_read.PART_AT, self.part[0]),
             (shared_read.PART_BYTES, self.part[1]),
             (shared_read.MAILBOX, self.guest.mailbox),
             (shared_read.TOUCH_MASK, self.guest.geometry.touches - 1),
         ):
-            self._words[at // 8] = value
+            self._words[at] = value
         self._maps: list[SharedMapping] = []
         self.follow(arena)
 
     def follow(self, arena: Arena) -> None:
         """Map the regions the arena has now."""
-        self._words[shared_read.NEW_REGION // 8 :] = 0
+        self._words[shared_read.NEW_REGION :] = 0
         places = (shared_read.NEW_REGION, shared_read.OLD_REGION)
         for at, region in zip(places, arena.regions(), strict=False):
-            self._words[at // 8 : at // 8 + 5] = self._map(region)
+            self._words[at : at + shared_read.REGION_WORDS] = self._map(region)
 
     def _map(self, region: Region) -> tuple[int, ...]:
         fd = region.memory.descriptor(writable=False)
@@ -80,15 +79,15 @@ class MappedArena:
 
     def read(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
         """Rows uint8 [n, part bytes], positions of missing entries, how many were masked."""
-        out = np.full((keys.size, self.part[1]), 0xEE, np.uint8)
-        misses = np.empty(keys.size + 1, np.int64)
-        missed = self._kernel(
-            self._words.ctypes.data, keys.ctypes.data, keys.size, out.ctypes.data, misses.ctypes.data
-        )
-        return out, misses[:missed], int(misses[missed])
+        out = np.full((keys.size, 1, self.part[1]), 0xEE, np.uint8)
+        misses, counts = np.empty(keys.size, np.int64), np.zeros(1, np.int64)
+        missed = self._kernel(self._words, keys.reshape(-1, 1), out, misses, counts)
+        return out[:, 0], misses[:missed], int(counts[0])
 
-    def read_all(self, keys: np.ndarray) -> tuple[np.ndarray, int]:
+    def read_whole(self, keys: np.ndarray) -> tuple[np.ndarray, int]:
         """Rows if they are all there, and what the kernel returned."""
-        out = np.zeros((keys.size, self.part[1]), np.uint8)
-        got = self._kernel(self._words.ctypes.data, keys.ctypes.data, keys.size, out.ctypes.data, 0)
-        return out, got
+        out = np.zeros((keys.size, 1, self.part[1]), np.uint8)
+        got = self._kernel(
+            self._words, keys.reshape(-1, 1), out, np.empty(0, np.int64), np.zeros(1, np.int64)
+        )
+        return out[:, 0], got
