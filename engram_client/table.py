@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +14,7 @@ from engram_client.hashing import NgramHashMapping, inputs, recover_keys, row_id
 from engram_client.ids import check_keys, check_row_ids
 from engram_client.prefetch import Handle, Prefetcher
 from engram_client.spec import HashScheme, TableSpec
-from engram_client.transport.base import LookupRequest, Transport
+from engram_client.transport.base import LookupRequest, PendingRows, Transport
 
 if TYPE_CHECKING:
     import torch
@@ -223,7 +224,14 @@ class Table:
         query = _kept(query)
         if is_tensor(ids):
             device_of = ids.new_empty(0)  # the kind and device, without keeping the ids alive
-            return self._prefetcher.start(
-                lambda: self._read(query, timeout), lambda rows: like(rows, device_of)
-            )
-        return self._prefetcher.start(lambda: self._read(query, timeout), lambda rows: rows)
+            return self._started(query, timeout, lambda rows: like(rows, device_of))
+        return self._started(query, timeout, lambda rows: rows)
+
+    def _started(self, query: _Query, timeout: float | None, finish: Callable[[np.ndarray], Array]) -> Handle:
+        """In the service, where the transport has a way; else in a thread of this process."""
+
+        def begin() -> PendingRows | None:
+            return self._transport.start_lookup(query.request, timeout) if query.request.ids.size else None
+
+        handle = self._prefetcher.follow(begin, lambda rows: finish(rows.reshape(query.shape)))
+        return handle or self._prefetcher.start(lambda: self._read(query, timeout), finish)

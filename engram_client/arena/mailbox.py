@@ -12,18 +12,22 @@ says what it read, so that replacement learns, and how much it answered, so that
 
     slot      0     int64  number     of the request, in this slot the next one each time
               8     int64  table      number of the table, as the layout message tells it
-              16    int64  address    what the entries are: BY_KEY or BY_ROW
+              16    int64  address    what the entries are: BY_KEY or BY_ROW, and WHOLE
               24    int64  entries
               32    int64  at         where the request's memory begins in the data, a multiple of 64
               40    int64  heads      first << 32 | end of the range to be copied; 0 for all
               48    int64  timeout_ns from now on; below 0 without a limit
               56    int64  withdrawn  1 once nobody waits any more
-              64    int64  done       number of the last request that was answered; waiters sleep on it
+              64    int64  done       number of the last request that was answered; waiters sleep here
               72    int64  text_bytes 0 where the rows are there, else the length of what went wrong
               128   text: the code of an error, a line feed, its message, in UTF-8
 
     memory of a request, each part from a multiple of 64 on
               int64 [entries] keys or row ids, uint8 [entries] order of each, rows one after another
+
+A request holds what its client lacks: single entries, each with its order, or with WHOLE a look-up as it
+was made, where entry i has order i % orders and the orders are not read. Rows of -1 are left as they
+are; a client that has found some rows itself puts them there and -1 into their place.
 
     touch     bit 60 1, bits 52..59 number of the region modulo 256, 20..51 set, 16..19 way, 0..15 tag
 
@@ -52,7 +56,7 @@ NUMBER, TABLE, ADDRESS, ENTRIES, AT, HEADS, TIMEOUT_NS, WITHDRAWN = range(8)  # 
 REQUEST_WORDS = 8
 DONE_AT, TEXT_BYTES_AT, TEXT_AT = 64, 72, 128  # bytes in a slot
 TEXT_BYTES_MAX = SLOT_BYTES - TEXT_AT
-BY_KEY, BY_ROW = 0, 1
+BY_KEY, BY_ROW, WHOLE = 0, 1, 2
 TOUCHES_AT = SLOTS_AT + SLOTS * SLOT_BYTES
 PART_ALIGNMENT_BYTES = 64
 

@@ -27,10 +27,10 @@ def wait_done(slot, number, gone, timeout_ns, timespec):
     scratch. Returns DONE, GONE, or WAITING, which may come early.
     """
     done = load_acquire(slot + DONE_AT)
-    if done != number and load_acquire(gone) == 0:
+    if done < number and load_acquire(gone) == 0:
         futex_wait(slot + DONE_AT, done, timeout_ns, timespec, SHARED)
         done = load_acquire(slot + DONE_AT)
-    if done == number:
+    if done >= number:
         return DONE
     return GONE if load_acquire(gone) != 0 else WAITING
 

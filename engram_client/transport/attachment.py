@@ -36,6 +36,7 @@ from engram_client.transport.handoff import (
 from engram_client.transport.mailbox import Mailbox
 
 PAGE_BYTES = 4096
+STAGED_SHARE = 2  # a look-up that is waited for later takes at most this part of the mailbox's memory
 NO_MISSES, NO_COUNT = np.empty(0, np.int64), np.empty(1, np.int64)  # for who takes all or nothing
 ViewKey = tuple[str, str, str, tuple[int, int] | None]  # table, generation, address, heads
 
@@ -149,7 +150,7 @@ class View:
         self.part_bytes = (stop - start) * table.row_bytes
         self.request = (table.number, BY_KEY if by_key else BY_ROW, start << 32 | stop if heads else 0)
         self.entries_max = self.mailbox.entries_max(self.part_bytes)
-        self.cached = bool(regions)
+        self.staged_max = self.mailbox.entries_max(self.part_bytes, STAGED_SHARE)
         self._alive = (attachment.fixed, regions)  # what the words point to
         words = self.words = np.zeros(kernels.VIEW_WORDS, np.int64)
         words[kernels.CONTROL], words[kernels.SERVING] = attachment.fixed.control.address, serving

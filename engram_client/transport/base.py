@@ -30,6 +30,23 @@ class LookupRequest:
     heads: tuple[int, int] | None = None
 
 
+class PendingRows(Protocol):
+    """A look-up that somebody else works on."""
+
+    def done(self) -> bool:
+        """Whether `result` would return or raise at once."""
+
+    def result(self, timeout_s: float | None) -> np.ndarray:
+        """The rows, uint8 of any shape, an array of their own; may be called again.
+
+        Raises TimeoutError where they are not there in time (and may be waited for again), Cancelled
+        once it was cancelled or its client closed, and what `lookup` raises.
+        """
+
+    def cancel(self) -> bool:
+        """Give the rows up and free their memory; idempotent, from anywhere at any time."""
+
+
 HitPath = Callable[[np.ndarray, np.ndarray | None], np.ndarray | None]
 
 
@@ -54,6 +71,12 @@ class Transport(Protocol):
 
         Called with n-gram keys and None, or a buffer for the rows, it returns rows uint8
         [..., H, row_bytes], or None for whatever it cannot answer whole.
+        """
+
+    def start_lookup(self, request: LookupRequest, timeout_s: float | None) -> PendingRows | None:
+        """Begin a look-up that needs no thread of this process; None where there is no such way now.
+
+        Takes microseconds. `request.ids` must not change meanwhile.
         """
 
     def prefetch(self, request: LookupRequest) -> bool:

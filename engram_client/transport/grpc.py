@@ -113,6 +113,9 @@ class GrpcTransport:
     def hit_path(self, spec: TableSpec) -> None:
         """Every look-up is a call."""
 
+    def start_lookup(self, request: LookupRequest, timeout_s: float | None) -> None:
+        """A look-up takes a thread."""
+
     def prefetch(self, request: LookupRequest) -> bool:
         per_entry = max(1, request.ids.size // max(1, request.ids.shape[0]))
         accepted = True

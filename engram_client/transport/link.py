@@ -118,7 +118,8 @@ class Link:
 
     def _say(self, error: Exception) -> None:
         """Why there is no shared memory, once until there is again; not of a daemon that is not there."""
-        if self._said or self._closing.is_set() or not os.path.exists(self._socket):
+        nobody = isinstance(error, ConnectionError) or not os.path.exists(self._socket)
+        if self._said or self._closing.is_set() or nobody:
             return
         self._said = True
         log.warning(

@@ -50,6 +50,9 @@ class LocalTransport:
             return None
         return lambda keys, out: None if self._closed else path(keys, out)
 
+    def start_lookup(self, request: LookupRequest, timeout_s: float | None) -> None:
+        """A look-up takes a thread."""
+
     def prefetch(self, request: LookupRequest) -> bool:
         return bool(self._store.prefetch(request))
 

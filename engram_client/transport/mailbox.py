@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 
 import numpy as np
 
@@ -57,11 +58,12 @@ class Mailbox:
         self._free_slots = list(range(SLOTS))
         self._numbers = [0] * SLOTS
         self._taken = bytearray(geometry.data_bytes // GRANULE_BYTES)
-        self._abandoned: list[Request] = []
+        self._returned: deque[Request] = deque()  # appended to without the lock
+        self._pid = os.getpid()
 
-    def entries_max(self, part_bytes: int) -> int:
-        """Entries of one request, 0 where not even one fits."""
-        return entries_within(self._geometry.data_bytes // SHARE, part_bytes)
+    def entries_max(self, part_bytes: int, share: int = SHARE) -> int:
+        """Entries of one request that takes such a part of the memory, 0 where not even one fits."""
+        return entries_within(self._geometry.data_bytes // share, part_bytes)
 
     def post(
         self,
@@ -71,26 +73,18 @@ class Mailbox:
         part_bytes: int,
         deadline: Deadline,
     ) -> Request:
-        """Ask for rows of single entries; `words` are the slot's table, address and heads.
+        """Ask for rows of single entries, int64 [n], of these orders, uint8 [n].
 
-        `entries` int64 [n], `orders` of each, uint8 [n]. Raises MailboxBusy.
+        `words` are the slot's table, address and heads. Raises MailboxBusy.
         """
-        memory = RequestMemory(entries.size, part_bytes)
-        request = self._take(memory)
-        data = self._bytes[self._geometry.data_at + request.at :]
-        data[: 8 * entries.size].view(np.int64)[:] = entries
-        data[memory.orders_at : memory.orders_at + entries.size] = orders
-        left_s = deadline.remaining_s()
-        table, address, heads = words
-        timeout_ns = -1 if left_s is None else int(left_s * 1e9)
-        request.words[:] = (
-            request.number, table, address, entries.size, request.at, heads, timeout_ns, 0,
-        )  # fmt: skip
-        requests.post(self.address + PENDING_AT, request.slot)
-        os.eventfd_write(self._doorbell, 1)
+        request = self.take(entries.size, part_bytes)
+        request.orders[:] = orders
+        request.send(words, entries, deadline)
         return request
 
-    def _take(self, memory: RequestMemory) -> Request:
+    def take(self, entries: int, part_bytes: int) -> Request:
+        """A slot and memory for a request that is not sent yet. Raises MailboxBusy."""
+        memory = RequestMemory(entries, part_bytes)
         granules = -(-memory.total_bytes // GRANULE_BYTES)
         with self._lock:
             self._reap()
@@ -103,25 +97,25 @@ class Mailbox:
             return Request(self, slot, self._numbers[slot], first * GRANULE_BYTES, granules, memory)
 
     def _reap(self) -> None:
-        """Take back what was given up and is answered by now."""
-        still = [request for request in self._abandoned if not request.answered()]
-        for request in set(self._abandoned) - set(still):
-            self._free(request)
-        self._abandoned = still
-
-    def _free(self, request: Request) -> None:
-        first = request.at // GRANULE_BYTES
-        self._taken[first : first + request.granules] = bytes(request.granules)
-        self._free_slots.append(request.slot)
+        """Take back what was given back, as far as the daemon is done with it."""
+        for _ in range(len(self._returned)):
+            request = self._returned.popleft()
+            if not request.settled():
+                self._returned.append(request)
+                continue
+            first = request.at // GRANULE_BYTES
+            self._taken[first : first + request.granules] = bytes(request.granules)
+            self._free_slots.append(request.slot)
 
     def give_back(self, request: Request) -> None:
-        """The request's memory is free once the daemon is done with it."""
-        with self._lock:
-            if request.answered():
-                self._free(request)
-            else:
-                request.words[WITHDRAWN] = 1
-                self._abandoned.append(request)
+        """Its memory is free once the daemon is done with it. May be called from anywhere at any time."""
+        if self._pid == os.getpid():
+            request.words[WITHDRAWN] = 1
+            self._returned.append(request)
+
+    def ring(self, slot: int) -> None:
+        requests.post(self.address + PENDING_AT, slot)
+        os.eventfd_write(self._doorbell, 1)
 
     def slot_at(self, slot: int) -> int:
         return self.address + SLOTS_AT + slot * SLOT_BYTES
@@ -132,6 +126,11 @@ class Mailbox:
 
     def data_at(self, offset: int) -> int:
         return self.address + self._geometry.data_at + offset
+
+    def data(self, at: int, size_bytes: int) -> np.ndarray:
+        """Bytes of request memory, uint8."""
+        start = self._geometry.data_at + at
+        return self._bytes[start : start + size_bytes]
 
     @property
     def gone_at(self) -> int:
@@ -152,7 +151,7 @@ class Mailbox:
 
 
 class Request:
-    """Rows asked for through a mailbox. Give it back in any case."""
+    """Rows asked for through a mailbox. Give it back in any case; until then its memory stays its own."""
 
     def __init__(
         self, mailbox: Mailbox, slot: int, number: int, at: int, granules: int, memory: RequestMemory
@@ -164,13 +163,47 @@ class Request:
         self.granules = granules
         self._memory = memory
         self._slot_bytes = mailbox.slot_bytes(slot)
+        self._sent = False
+        self._mine = [True]  # until it is given back; taking it is one step, whoever comes in between
         self.words = self._slot_bytes[: 8 * REQUEST_WORDS].view(np.int64)
 
+    @property
+    def orders(self) -> np.ndarray:
+        """Of each entry, uint8 [n]."""
+        return self._mailbox.data(self.at + self._memory.orders_at, self._memory.entries)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Where the rows come to lie, uint8 [n, part bytes]."""
+        entries, part_bytes = self._memory.entries, self._memory.part_bytes
+        rows = self._mailbox.data(self.at + self._memory.rows_at, entries * part_bytes)
+        return rows.reshape(entries, part_bytes)
+
+    def send(self, words: tuple[int, int, int], entries: np.ndarray, deadline: Deadline) -> None:
+        """Have the daemon fill the rows of `entries`, int64 [n]; those of -1 are left as they are."""
+        self._mailbox.data(self.at, 8 * entries.size).view(np.int64)[:] = entries
+        left_s = deadline.remaining_s()
+        table, address, heads = words
+        timeout_ns = -1 if left_s is None else int(left_s * 1e9)
+        self.words[:] = (self.number, table, address, entries.size, self.at, heads, timeout_ns, 0)
+        self._sent = True
+        self._mailbox.ring(self.slot)
+
     def answered(self) -> bool:
-        return int(self._slot_bytes[DONE_AT : DONE_AT + 8].view(np.int64)[0]) == self.number
+        return int(self._slot_bytes[DONE_AT : DONE_AT + 8].view(np.int64)[0]) >= self.number
+
+    def settled(self) -> bool:
+        """Whether the daemon writes no more into its memory."""
+        return not self._sent or self.answered()
 
     def wait(self, deadline: Deadline) -> None:
         """Return once the rows are there. Raises what the daemon says, DeadlineExceeded, MailboxGone."""
+        if not self.wait_so_long(deadline):
+            raise deadline.exceeded("waiting for the daemon to read rows")
+        self.check()
+
+    def wait_so_long(self, deadline: Deadline) -> bool:
+        """Whether the daemon has answered in time, well or not. Raises MailboxGone."""
         scratch = np.empty(2, np.int64)
         slot, gone = self._mailbox.slot_at(self.slot), self._mailbox.gone_at
         while True:
@@ -178,13 +211,16 @@ class Request:
             slice_ns = int(min(SLICE_S, SLICE_S if left_s is None else left_s) * 1e9)
             found = requests.wait_done(slot, self.number, gone, slice_ns, scratch.ctypes.data)
             if found == requests.DONE:
-                return self._check()
+                return True
             if found == requests.GONE:
                 raise MailboxGone("the daemon went away")
             if left_s == 0:
-                raise deadline.exceeded("waiting for the daemon to read rows")
+                return False
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises what the daemon says went wrong."""
+        if not self._sent:
+            return
         text_bytes = int(self._slot_bytes[TEXT_BYTES_AT : TEXT_BYTES_AT + 8].view(np.int64)[0])
         if text_bytes:
             text = self._slot_bytes[TEXT_AT : TEXT_AT + min(text_bytes, TEXT_BYTES_MAX)].tobytes()
@@ -197,4 +233,9 @@ class Request:
         requests.spread_parts(rows, positions.ctypes.data, positions.size, self._memory.part_bytes, out)
 
     def give_back(self) -> None:
+        """Idempotent; may be called from anywhere at any time."""
+        try:
+            self._mine.pop()
+        except IndexError:
+            return
         self._mailbox.give_back(self)

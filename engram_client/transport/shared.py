@@ -16,11 +16,12 @@ from engram_client.deadline import Deadline
 from engram_client.errors import Cancelled
 from engram_client.spec import TableSpec
 from engram_client.transport.attachment import NO_COUNT, NO_MISSES, View, ViewKey, one_kind_of
-from engram_client.transport.base import HitPath, LookupRequest
+from engram_client.transport.base import HitPath, LookupRequest, PendingRows
 from engram_client.transport.grpc import GrpcTransport
 from engram_client.transport.handoff import NoSharedMemory
 from engram_client.transport.link import FIRST_ATTEMPT_S, Link
 from engram_client.transport.mailbox import Request
+from engram_client.transport.staged import start_reading
 
 REQUESTS_AHEAD = 2  # of one look-up on the way at once
 INT64, UINT8 = np.dtype(np.int64), np.dtype(np.uint8)
@@ -94,6 +95,16 @@ class SharedTransport:
 
     def describe_table(self, name: str) -> TableSpec:
         return self._remote.describe_table(name)
+
+    def start_lookup(self, request: LookupRequest, timeout_s: float | None) -> PendingRows | None:
+        """Hits of a small batch are copied here and now; the daemon does the rest meanwhile."""
+        attachment = self._link.attachment
+        if attachment is None:
+            return None
+        view = attachment.view((request.table, request.generation, request.address, request.heads))
+        if view is None:
+            return None
+        return start_reading(view, request, timeout_s, self._remote.lookup)
 
     def prefetch(self, request: LookupRequest) -> bool:
         return self._remote.prefetch(request)

@@ -183,16 +183,15 @@ def test_memory_of_a_request_that_was_given_up_is_not_used_again_too_early(
             with pytest.raises(errors.DeadlineExceeded):
                 table.lookup_ngrams(random_keys(oracle, 5, seed=20 + seed), timeout=0.02)
         taken = bytes(mailbox._taken)
-        given_up = len(mailbox._abandoned)
+        given_up = len(mailbox._returned)
         assert given_up >= 1
         assert taken.count(1) >= given_up
         own.ask("release")
         keys = random_keys(oracle, 5, seed=30)
         assert np.array_equal(table.lookup_ngrams(keys), oracle.lookup_ngrams(keys))
-        assert eventually(lambda: all(request.answered() for request in mailbox._abandoned))
-        keys = random_keys(oracle, 5, seed=31)
-        assert np.array_equal(table.lookup_ngrams(keys), oracle.lookup_ngrams(keys))
-        assert not mailbox._abandoned
+        assert eventually(lambda: all(request.settled() for request in mailbox._returned))
+        mailbox._reap()
+        assert not mailbox._returned
         assert not any(mailbox._taken)
         assert len(mailbox._free_slots) == SLOTS
 
@@ -531,3 +530,77 @@ def test_a_request_takes_no_more_than_its_share(packed: PackedStore, roomy: Daem
         mailbox = mailbox_of(client)
         largest = mailbox.entries_max(2112)
         assert mailboxes.SHARE * largest * 2112 <= 1 << 20 < (mailboxes.SHARE + 1) * (largest + 1) * 2112
+
+
+@pytest.mark.parametrize("entries", [2, 40, 300])
+def test_prefetched_rows(packed: PackedStore, own: Daemon, entries: int) -> None:
+    """Missing, mixed and cached; no thread of this process takes part."""
+    oracle = packed.oracles[V41]
+    with connect(own.unix) as client:
+        table, keys = client.table(V41), random_keys(oracle, entries, seed=120, masked=0.2)
+        before = client.stats()
+        expected = oracle.lookup_ngrams(keys)
+        for wanted in (keys[: entries // 2], keys, keys):
+            handle = table.prefetch_ngrams(wanted)
+            wanted = wanted.copy()
+            assert np.array_equal(handle.wait(30), expected[: len(wanted)])
+            assert np.array_equal(handle.wait(0), expected[: len(wanted)]), "again"
+        heads = table.prefetch_ngrams(keys, heads=slice(1, 4)).wait(30)
+        assert np.array_equal(heads, table.lookup_ngrams(keys, heads=slice(1, 4)))
+        counted = grown(client, before, "keys", "masked", "dram_hits", "dram_misses")
+        assert counted["keys"] == counted["masked"] + counted["dram_hits"] + counted["dram_misses"]
+        rows = random_rows(oracle, 50, masked=0.1)
+        assert np.array_equal(table.prefetch(rows).wait(30), rows_of(oracle, rows))
+        assert not client._prefetcher._threads
+        own.ask("hold")
+        late = table.prefetch_ngrams(random_keys(oracle, 3, seed=121))
+        assert not late.done()
+        with pytest.raises(errors.DeadlineExceeded):
+            late.wait(0.01)
+        own.ask("release")
+        assert np.array_equal(late.wait(30), oracle.lookup_ngrams(random_keys(oracle, 3, seed=121)))
+
+
+def test_prefetches_given_up(packed: PackedStore, own: Daemon) -> None:
+    """Cancelled, dropped and overtaken by their own timeout: all memory comes back, later and not before."""
+    oracle = packed.oracles[V41]
+    with connect(own.unix, prefetch_handles_max=4) as client:
+        table, mailbox = client.table(V41), mailbox_of(client)
+        own.ask("hold")
+        cancelled, dropped, hasty = (
+            table.prefetch_ngrams(random_keys(oracle, 3, seed=130 + i), timeout=t)
+            for i, t in enumerate((None, None, 0.02))
+        )
+        own.ask("wait 1")
+        cancelled.cancel()
+        with pytest.raises(errors.Cancelled):
+            cancelled.wait(0)
+        del dropped
+        for _ in range(2):
+            with pytest.raises(errors.DeadlineExceeded):
+                hasty.wait(30)
+        handles = [table.prefetch_ngrams(random_keys(oracle, 1, seed=140 + i)) for i in range(4)]
+        with pytest.raises(errors.Overloaded, match="4 prefetch handles"):
+            table.prefetch_ngrams(random_keys(oracle, 1))
+        own.ask("release")
+        for i, handle in enumerate(handles):
+            keys = random_keys(oracle, 1, seed=140 + i)
+            assert np.array_equal(handle.wait(30), oracle.lookup_ngrams(keys))
+        assert eventually(lambda: all(request.settled() for request in mailbox._returned))
+        mailbox._reap()
+        assert not any(mailbox._taken)
+        assert len(mailbox._free_slots) == SLOTS
+
+
+def test_a_prefetch_outlives_its_daemon(packed: PackedStore, tmp_path: Path, impatient: None) -> None:
+    folder, oracle, path = packed.copy_to(tmp_path), packed.oracles[V41], tmp_path / "s"
+    keys = random_keys(oracle, 5, seed=150)
+    with running(simulated_command(folder, serve_unix=path, **SMALL), tmp_path) as daemon:
+        client = connect(daemon.unix)
+        daemon.ask("hold")
+        handle = client.table(V41).prefetch_ngrams(keys)
+        daemon.ask("wait 1")
+        daemon.kill()
+    with pytest.raises(errors.Unavailable):
+        handle.wait(30)
+    client.close()

@@ -6,6 +6,7 @@ sent is hung up on.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import selectors
@@ -25,12 +26,17 @@ BACKLOG = 64
 UNKNOWN_MAX = 64  # connections that have not said hello
 
 
-def open_door(path: str, like: str) -> socket.socket:
-    """A socket listening at `path`, open to whom the socket at `like` is open to. Raises OSError."""
+def remove_old_door(path: str) -> None:
+    """Of a daemon that was killed. Raises FileExistsError for what is no socket."""
     with suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise FileExistsError(f"{path} exists and is not a socket")
-        os.unlink(path)  # of a daemon that was killed: whoever owns `like` owns this
+            raise FileExistsError(errno.EEXIST, "it exists and is not a socket", path)
+        os.unlink(path)
+
+
+def open_door(path: str, like: str) -> socket.socket:
+    """A socket listening at `path`, open to whom the socket at `like` is open to. Raises OSError."""
+    remove_old_door(path)  # whoever owns `like` owns this
     door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         os.fchmod(door.fileno(), 0o600)  # which the file is born with

@@ -31,7 +31,7 @@ from engram_client.transport.handoff import (
     send_layout,
 )
 from tierstore.config import Shm
-from tierstore.shm.door import Door, open_door
+from tierstore.shm.door import Door, open_door, remove_old_door
 from tierstore.shm.guests import Guest, Guests, warm_kernels
 from tierstore.shm.ledger import Ledger
 from tierstore.shm.workers import Workers
@@ -148,11 +148,12 @@ def _table_note(table: ServedTable) -> TableNote:
 
 
 def offer_shared_memory(store: Store, path: str) -> SharedMemory | None:
-    """None, and a line in the log that says why, where it is not possible here."""
-    if not store.config.shm.enabled:
-        return None
+    """None where it is not wanted, or not possible here: then a line in the log says why."""
     try:
-        return SharedMemory(store, path)
+        if store.config.shm.enabled:
+            return SharedMemory(store, path)
+        remove_old_door(path + SUFFIX)
+        return None
     except OSError as error:
         log.warning(
             "no shared memory is offered at %s (%s): clients on this machine take gRPC, 0.2 ms a look-up",

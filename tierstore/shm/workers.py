@@ -28,6 +28,7 @@ from engram_client.arena.mailbox import (
     PART_ALIGNMENT_BYTES,
     TABLE,
     TIMEOUT_NS,
+    WHOLE,
     WITHDRAWN,
     RequestMemory,
 )
@@ -119,19 +120,22 @@ class Workers:
     def _checked(self, guest: Guest, words: list[int]) -> tuple[Access, np.ndarray, np.ndarray]:
         """How the entries are found, the entries, and where their rows go. Raises BadRequest."""
         table, entries = self._tables.get(words[TABLE]), words[ENTRIES]
-        if table is None or words[ADDRESS] not in (BY_KEY, BY_ROW):
+        by, whole = words[ADDRESS] & ~WHOLE, bool(words[ADDRESS] & WHOLE)
+        if table is None or by not in (BY_KEY, BY_ROW):
             raise BadRequest(f"no table has number {words[TABLE]}, or address {words[ADDRESS]} is unknown")
         if not 1 <= entries <= self._store.config.limits.request_ids_max:
             raise BatchTooLarge(f"{entries} entries in one request (limits.request_ids_max)")
-        address: Literal["ngram", "row"] = "ngram" if words[ADDRESS] == BY_KEY else "row"
+        address: Literal["ngram", "row"] = "ngram" if by == BY_KEY else "row"
         heads = (words[HEADS] >> 32, words[HEADS] & 0xFFFFFFFF) if words[HEADS] else None
-        part_bytes = table.access_entries(address, np.empty(0, np.int64), heads).part[1]
+        access = table.access_entries(address, None, heads)
+        part_bytes = access.part[1]
         memory, at = RequestMemory(entries, part_bytes), words[AT]
         if at < 0 or at % PART_ALIGNMENT_BYTES or at + memory.total_bytes > guest.geometry.data_bytes:
             raise BadRequest(f"the request's memory, {memory.total_bytes} bytes at {at}, is not its client's")
         ids = guest.data(at, 8 * entries).view(np.int64).copy()
-        orders = guest.data(at + memory.orders_at, entries).astype(np.int64)
-        access = table.access_entries(address, orders, heads)
+        if not whole:
+            orders = guest.data(at + memory.orders_at, entries).astype(np.int64)
+            access = table.access_entries(address, orders, heads)
         return access, ids, guest.data(at + memory.rows_at, entries * part_bytes)
 
     def drain(self, timeout_s: float) -> bool:
