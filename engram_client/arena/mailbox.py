@@ -25,9 +25,8 @@ says what it read, so that replacement learns, and how much it answered, so that
     memory of a request, each part from a multiple of 64 on
               int64 [entries] keys or row ids, uint8 [entries] order of each, rows one after another
 
-A request holds what its client lacks: single entries, each with its order, or with WHOLE a look-up as it
-was made, where entry i has order i % orders and the orders are not read. Rows of -1 are left as they
-are; a client that has found some rows itself puts them there and -1 into their place.
+A request holds what its client lacks: single entries, each with its order; or with WHOLE a look-up as
+it was made, where entry i has order i % orders, the orders are not read, and -1 gets zeros.
 
     touch     bit 60 1, bits 52..59 number of the region modulo 256, 20..51 set, 16..19 way, 0..15 tag
 

@@ -21,6 +21,7 @@ from engram_client.arena.mailbox import (
     TOUCH_REGION_SHIFT,
     TOUCH_REGIONS,
     TOUCHES_AT,
+    WHOLE,
     MailboxGeometry,
     aligned,
 )
@@ -148,7 +149,9 @@ class View:
         self.mailbox = attachment.mailbox
         self.orders = table.orders if by_key else 1
         self.part_bytes = (stop - start) * table.row_bytes
-        self.request = (table.number, BY_KEY if by_key else BY_ROW, start << 32 | stop if heads else 0)
+        by, range_of_heads = BY_KEY if by_key else BY_ROW, start << 32 | stop if heads else 0
+        self.request = (table.number, by, range_of_heads)
+        self.whole_request = (table.number, by | WHOLE, range_of_heads)
         self.entries_max = self.mailbox.entries_max(self.part_bytes)
         self.staged_max = self.mailbox.entries_max(self.part_bytes, STAGED_SHARE)
         self._alive = (attachment.fixed, regions)  # what the words point to

@@ -164,7 +164,7 @@ class Request:
         self._memory = memory
         self._slot_bytes = mailbox.slot_bytes(slot)
         self._sent = False
-        self._mine = [True]  # until it is given back; taking it is one step, whoever comes in between
+        self._mine = [True]  # until somebody lets go of its memory or keeps it
         self.words = self._slot_bytes[: 8 * REQUEST_WORDS].view(np.int64)
 
     @property
@@ -234,8 +234,28 @@ class Request:
 
     def give_back(self) -> None:
         """Idempotent; may be called from anywhere at any time."""
+        if self._let_go():
+            self._mailbox.give_back(self)
+
+    def keep(self) -> KeptRows | None:
+        """The rows for as long as what this returns, or an array of it, is kept; None once given back."""
+        return KeptRows(self, self._mailbox) if self._let_go() else None
+
+    def _let_go(self) -> bool:
+        """True once. One step, whoever comes in between."""
         try:
-            self._mine.pop()
+            return self._mine.pop()
         except IndexError:
-            return
-        self._mailbox.give_back(self)
+            return False
+
+
+class KeptRows:
+    """Rows of an answered request, uint8 [n, part bytes]: numpy.asarray(kept) keeps it alive."""
+
+    def __init__(self, request: Request, mailbox: Mailbox) -> None:
+        self._request = request
+        self._mailbox = mailbox
+        self.__array_interface__ = request.rows.__array_interface__
+
+    def __del__(self) -> None:
+        self._mailbox.give_back(self._request)

@@ -1,9 +1,9 @@
-"""Look-ups that are begun now and waited for later: their rows come together in a mailbox's memory.
+"""Look-ups that are begun now and waited for later, without a thread of this process.
 
-A small batch is read from the arena at once, in microseconds, and only what is missing is left to the
-daemon. A large one is left to the daemon whole, so the caller goes on at once. Neither needs a thread of
-this process. The rows lie at one address from the beginning to the end, and are handed out as a copy:
-the memory is free for the next look-up then.
+A small batch is read from the arena at once, in microseconds; what it lacks the daemon puts into the
+mailbox's memory, and waiting copies that to the rest. A large batch is left to the daemon whole, so the
+caller goes on at once; its rows stay where the daemon has put them, and their memory is free for others
+when the last array over it is gone.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from engram_client.arena.mailbox import WHOLE
+from engram_client.arrays import address_of
 from engram_client.deadline import Deadline
 from engram_client.errors import Cancelled, TierstoreError
 from engram_client.transport.attachment import View
-from engram_client.transport.base import LookupRequest
+from engram_client.transport.base import LookupRequest, PendingRows
 from engram_client.transport.handoff import NoSharedMemory
 from engram_client.transport.mailbox import MailboxBusy, Request
 
@@ -28,7 +29,7 @@ Lookup = Callable[[LookupRequest, np.ndarray, float | None], None]
 
 def start_reading(
     view: View, request: LookupRequest, timeout_s: float | None, otherwise: Lookup
-) -> StagedRows | None:
+) -> PendingRows | None:
     """Begin; None where the mailbox has no room or the daemon has told its clients to stop.
 
     `otherwise` looks the rows up should the daemon go away.
@@ -36,61 +37,83 @@ def start_reading(
     ids, deadline = request.ids.reshape(-1), Deadline.after(timeout_s)
     if ids.size > view.staged_max:
         return None
+    begin = _begin_small if ids.size <= SMALL_ENTRIES else _begin_large
     try:
-        staged = view.mailbox.take(ids.size, view.part_bytes)
+        return begin(view, request, deadline, otherwise)
     except MailboxBusy:
         return None
-    rows = StagedRows(staged, request, deadline, otherwise)
-    table, address, heads = view.request
-    wanted = _left_to_the_daemon(view, request, staged)
-    if wanted is None:
-        rows.cancel()
-        return None
-    if wanted.size:
-        staged.send((table, address | WHOLE, heads), wanted, deadline)
-    return rows
 
 
-def _left_to_the_daemon(view: View, request: LookupRequest, staged: Request) -> np.ndarray | None:
-    """The ids with -1 for those that are done, none where all are; None where the daemon does not serve."""
+def _begin_small(
+    view: View, request: LookupRequest, deadline: Deadline, otherwise: Lookup
+) -> PendingRows | None:
     ids = request.ids.reshape(-1)
-    if ids.size > SMALL_ENTRIES:
-        masked = ids == -1
-        count = int(np.count_nonzero(masked))
-        if count:
-            staged.rows[masked] = 0
-        view.count(ids.size, count, 0)
-        return ids
-    found = view.read(request.ids.reshape(-1, view.orders), staged.rows)
+    rows = np.empty((ids.size, view.part_bytes), np.uint8)
+    found = view.read(request.ids.reshape(-1, view.orders), rows)
     if found is None:
         return None
-    misses, masked_count = found
+    misses, masked = found
     if not misses.size:
-        return misses
-    view.count(ids.size, masked_count, ids.size - masked_count - misses.size)
-    wanted = np.full(ids.size, -1, np.int64)
-    wanted[misses] = ids[misses]
-    return wanted
+        return ReadyRows(rows)
+    orders = (misses % view.orders).astype(np.uint8)
+    staged = view.mailbox.post(view.request, ids[misses], orders, view.part_bytes, deadline)
+    view.count(ids.size, masked, ids.size - masked - misses.size)
+    return StagedRows(staged, rows, misses, Again(request, deadline, otherwise))
+
+
+def _begin_large(view: View, request: LookupRequest, deadline: Deadline, otherwise: Lookup) -> PendingRows:
+    staged = view.mailbox.take(request.ids.size, view.part_bytes)
+    staged.send(view.whole_request, request.ids.reshape(-1), deadline)
+    return StagedRows(staged, None, None, Again(request, deadline, otherwise))
+
+
+@dataclass(frozen=True)
+class Again:
+    """The look-up as it was asked for, should the daemon go away meanwhile."""
+
+    request: LookupRequest
+    deadline: Deadline
+    otherwise: Lookup
+
+    def look_up(self, shape: tuple[int, ...]) -> np.ndarray:
+        rows = np.empty(shape, np.uint8)
+        self.otherwise(self.request, rows, self.deadline.remaining_s())
+        return rows
+
+
+class ReadyRows:
+    """See `PendingRows`: nothing was missing."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self._rows = rows
+
+    def done(self) -> bool:
+        return True
+
+    def result(self, timeout_s: float | None) -> np.ndarray:
+        return self._rows
+
+    def cancel(self) -> bool:
+        return True
 
 
 class StagedRows:
     """See `PendingRows`. Several threads may wait, and one may cancel meanwhile."""
 
     def __init__(
-        self, staged: Request, request: LookupRequest, deadline: Deadline, otherwise: Lookup
+        self, staged: Request, rows: np.ndarray | None, misses: np.ndarray | None, again: Again
     ) -> None:
+        """The daemon fills entries `misses` of `rows`, or with neither all of its own memory."""
         self._staged = staged
-        self._request = request
-        self._deadline = deadline
-        self._otherwise = otherwise
+        self._found, self._misses = rows, misses
+        self._again = again
         self._rows: np.ndarray | None = None
         self._failure: TierstoreError | None = None
-        self._cancelled = False
         self._taking = threading.Lock()
         self._pid = os.getpid()
 
     def done(self) -> bool:
-        return self._rows is not None or self._cancelled or self._staged.settled()
+        return self._rows is not None or self._staged.settled()
 
     def result(self, timeout_s: float | None) -> np.ndarray:
         if self._rows is not None:
@@ -100,40 +123,40 @@ class StagedRows:
         if self._pid != os.getpid():
             raise Cancelled("this prefetch is that of the process this one is a fork of")
         try:
-            gone = not self._answered(Deadline.after(timeout_s))
+            answered = self._answered(Deadline.after(timeout_s))
             with self._taking:
-                return self._taken(gone)
+                if self._rows is None:
+                    self._rows = self._taken() if answered else self._again.look_up(self._shape())
+                return self._rows
         except TierstoreError as error:
             self._failure = error
             raise
 
+    def _shape(self) -> tuple[int, ...]:
+        return (self._staged.rows if self._found is None else self._found).shape
+
     def _answered(self, patience: Deadline) -> bool:
         """Wait for the daemon; False where it is gone. Raises TimeoutError, DeadlineExceeded."""
-        sooner = min((patience, self._deadline), key=lambda deadline: deadline.at_ns())
+        sooner = min((patience, self._again.deadline), key=lambda deadline: deadline.at_ns())
         try:
             if self._staged.settled() or self._staged.wait_so_long(sooner):
                 return True
         except NoSharedMemory:
             return False
-        self._deadline.check("waiting for the daemon to read rows")
+        self._again.deadline.check("waiting for the daemon to read rows")
         raise TimeoutError
 
-    def _taken(self, gone: bool) -> np.ndarray:
-        """The rows out of the memory they share with others as soon as it is given back."""
-        if self._rows is None:
-            if gone:
-                rows = np.empty_like(self._staged.rows)
-                self._otherwise(self._request, rows, self._deadline.remaining_s())
-            else:
-                self._staged.check()
-                rows = self._staged.rows.copy()
-            if self._cancelled:  # then what was copied may be another's
-                raise Cancelled("this prefetch was cancelled")
-            self._rows = rows
-            self._staged.give_back()
-        return self._rows
+    def _taken(self) -> np.ndarray:
+        """The rows, if nobody has given their memory back meanwhile. Raises what the daemon says."""
+        kept = self._staged.keep()
+        if kept is None:
+            raise Cancelled("this prefetch was cancelled")
+        self._staged.check()
+        if self._found is None or self._misses is None:
+            return np.asarray(kept)
+        self._staged.spread(self._misses, address_of(self._found))
+        return self._found
 
     def cancel(self) -> bool:
-        self._cancelled = True
         self._staged.give_back()
         return True

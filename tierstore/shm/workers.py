@@ -34,9 +34,10 @@ from engram_client.arena.mailbox import (
 )
 from engram_client.deadline import Deadline
 from engram_client.errors import BadRequest, BatchTooLarge, Cancelled, TierstoreError, Unavailable
+from engram_client.transport.base import LookupRequest
 from tierstore.shm.guests import Guest, Guests
 from tierstore.store import Store
-from tierstore.store.table import Access, ServedTable
+from tierstore.store.table import ServedTable
 
 log = logging.getLogger(__name__)
 RING = select.EPOLLIN | select.EPOLLET  # one thread wakes for one ring
@@ -109,34 +110,44 @@ class Workers:
             raise Unavailable("the daemon is shutting down and takes no new requests; try again soon")
         if words[WITHDRAWN]:
             raise Cancelled("nobody waits for this request any more")
-        timeout_s = words[TIMEOUT_NS] / 1e9 if words[TIMEOUT_NS] >= 0 else None
         try:
-            access, ids, rows = self._checked(guest, words)
-            self._store.lookup_entries(access, ids, rows, Deadline.after(timeout_s))
+            self._look_up(guest, words)
         except BadRequest:
             self._store.counters.add(shm_refused=1)
             raise
 
-    def _checked(self, guest: Guest, words: list[int]) -> tuple[Access, np.ndarray, np.ndarray]:
-        """How the entries are found, the entries, and where their rows go. Raises BadRequest."""
-        table, entries = self._tables.get(words[TABLE]), words[ENTRIES]
-        by, whole = words[ADDRESS] & ~WHOLE, bool(words[ADDRESS] & WHOLE)
+    def _look_up(self, guest: Guest, words: list[int]) -> None:
+        """Check and serve. What a request says is copied before it is checked."""
+        table, by = self._tables.get(words[TABLE]), words[ADDRESS] & ~WHOLE
         if table is None or by not in (BY_KEY, BY_ROW):
             raise BadRequest(f"no table has number {words[TABLE]}, or address {words[ADDRESS]} is unknown")
-        if not 1 <= entries <= self._store.config.limits.request_ids_max:
-            raise BatchTooLarge(f"{entries} entries in one request (limits.request_ids_max)")
         address: Literal["ngram", "row"] = "ngram" if by == BY_KEY else "row"
         heads = (words[HEADS] >> 32, words[HEADS] & 0xFFFFFFFF) if words[HEADS] else None
-        access = table.access_entries(address, None, heads)
-        part_bytes = access.part[1]
-        memory, at = RequestMemory(entries, part_bytes), words[AT]
+        access = table.access_entries(address, np.empty(0, np.int64), heads)
+        memory = self._checked_memory(guest, words, access.part[1])
+        ids = guest.data(words[AT], 8 * memory.entries).view(np.int64).copy()
+        rows = guest.data(words[AT] + memory.rows_at, memory.entries * memory.part_bytes)
+        timeout_s = words[TIMEOUT_NS] / 1e9 if words[TIMEOUT_NS] >= 0 else None
+        if words[ADDRESS] & WHOLE:
+            if ids.size % access.orders:
+                raise BadRequest(f"{ids.size} entries are no n-grams of {access.orders} orders")
+            ids = ids.reshape(-1, access.orders) if by == BY_KEY else ids
+            request = LookupRequest(table.spec.name, table.spec.generation, address, ids, heads)
+            self._store.lookup(request, rows, timeout_s)
+        else:
+            orders = guest.data(words[AT] + memory.orders_at, memory.entries).astype(np.int64)
+            access = table.access_entries(address, orders, heads)
+            self._store.lookup_entries(access, ids, rows, Deadline.after(timeout_s))
+
+    def _checked_memory(self, guest: Guest, words: list[int], part_bytes: int) -> RequestMemory:
+        """Raises BadRequest where it is not all within the client's data."""
+        entries, at = words[ENTRIES], words[AT]
+        if not 1 <= entries <= self._store.config.limits.request_ids_max:
+            raise BatchTooLarge(f"{entries} entries in one request (limits.request_ids_max)")
+        memory = RequestMemory(entries, part_bytes)
         if at < 0 or at % PART_ALIGNMENT_BYTES or at + memory.total_bytes > guest.geometry.data_bytes:
             raise BadRequest(f"the request's memory, {memory.total_bytes} bytes at {at}, is not its client's")
-        ids = guest.data(at, 8 * entries).view(np.int64).copy()
-        if not whole:
-            orders = guest.data(at + memory.orders_at, entries).astype(np.int64)
-            access = table.access_entries(address, orders, heads)
-        return access, ids, guest.data(at + memory.rows_at, entries * part_bytes)
+        return memory
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests; whether those in work ended within so many seconds."""

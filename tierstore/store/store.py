@@ -18,7 +18,7 @@ from msgspec import structs
 
 from engram_client.arrays import address_of
 from engram_client.deadline import Deadline
-from engram_client.errors import BadRequest, BatchTooLarge, StorageError, UnknownTable
+from engram_client.errors import BadRequest, BatchTooLarge, IdOutOfRange, StorageError, UnknownTable
 from engram_client.spec import TableSpec
 from engram_client.transport.base import LookupRequest
 from tierstore.catalog import Catalog
@@ -214,18 +214,19 @@ class Store:
             raise
 
     def lookup_entries(self, access: Access, ids: np.ndarray, out: np.ndarray, deadline: Deadline) -> None:
-        """Fill `out`, uint8 [n * part bytes], with rows of `ids`, int64 [n]; those of -1 are left alone.
+        """Fill `out`, uint8 [n * part bytes], with rows of single entries, int64 [n].
 
         For a reader of the shared arena, who has not found them there and has counted the look-up.
-        Raises what `lookup` raises.
+        Raises IdOutOfRange, also for -1, and what `lookup` raises.
         """
         self._gate.check()
         access.table.check_entries(ids, by_key=access.by_key)
-        wanted, arena = np.flatnonzero(ids >= 0), self._arena(access)
-        misses = wanted
+        if ids.min() < 0:
+            raise IdOutOfRange(f"table {access.table.spec.name!r}: a single entry cannot be -1")
+        misses, arena = np.arange(ids.size), self._arena(access)
         if arena is not None:  # another request may have brought them meanwhile
-            misses = read_scattered(access, arena, ids, wanted, out.ctypes.data)
-        self.counters.add(dram_hits=wanted.size - misses.size, dram_misses=misses.size)
+            misses = read_scattered(access, arena, ids, misses, out.ctypes.data)
+        self.counters.add(dram_hits=ids.size - misses.size, dram_misses=misses.size)
         if misses.size:
             self._read(access, ids, misses, out, deadline)
 

@@ -103,16 +103,11 @@ class ServedTable:
         return access
 
     def access_entries(
-        self, address: Literal["ngram", "row"], orders: np.ndarray | None, heads: tuple[int, int] | None
+        self, address: Literal["ngram", "row"], orders: np.ndarray, heads: tuple[int, int] | None
     ) -> Access:
-        """How entries are found of which each says its order, int64 [n], or as ever without `orders`.
-
-        Raises BadRequest.
-        """
+        """How single entries are found, of which each says its order, int64 [n]. Raises BadRequest."""
         none = np.empty((0, len(self.head_sizes)) if address == "ngram" else 0, np.int64)
         access = self.access(LookupRequest(self.spec.name, self.spec.generation, address, none, heads))
-        if orders is None:
-            return access
         if orders.size and not 0 <= orders.min() <= orders.max() < access.orders:
             raise BadRequest(f"table {self.spec.name!r} has orders 0 to {access.orders - 1}; got others")
         return replace(access, entry_orders=orders)
