@@ -47,7 +47,7 @@ class MappedRegion:
 
     def __init__(self, note: RegionNote, descriptor: int) -> None:
         geometry = ArenaGeometry(note.sets, note.record_bytes)
-        self._map = _mapped(descriptor, aligned(geometry.total_bytes, PAGE_BYTES), writable=False)
+        self._map = _mapped(descriptor, aligned(geometry.total_bytes, PAGE_BYTES))
         self.number = note.number
         index = self._map.address
         self.words = (
@@ -59,11 +59,16 @@ class MappedRegion:
         )
 
 
-def _mapped(descriptor: int, size_bytes: int, *, writable: bool) -> SharedMapping:
+def _mapped(descriptor: int, size_bytes: int) -> SharedMapping:
+    """Read-only. Raises OSError, NoSharedMemory where there is less."""
+    _check_size(descriptor, size_bytes)
+    return SharedMapping(descriptor, size_bytes, writable=False)
+
+
+def _check_size(descriptor: int, size_bytes: int) -> None:
     have_bytes = os.fstat(descriptor).st_size
     if have_bytes < size_bytes:
         raise NoSharedMemory(f"{size_bytes} bytes of shared memory were announced, {have_bytes} are there")
-    return SharedMapping(descriptor, size_bytes, writable=writable)
 
 
 class Fixed:
@@ -74,9 +79,9 @@ class Fixed:
         if len(descriptors) < FIXED_DESCRIPTORS:
             raise NoSharedMemory("its file descriptors did not come along; may this process open more files?")
         control, memory, doorbell = descriptors[:FIXED_DESCRIPTORS]
-        self.control = _mapped(control, CONTROL_BYTES, writable=False)
+        self.control = _mapped(control, CONTROL_BYTES)
         geometry = MailboxGeometry(layout.touches, layout.data_bytes)
-        _mapped(memory, geometry.total_bytes, writable=False)
+        _check_size(memory, geometry.total_bytes)
         self.mailbox = Mailbox(memory, doorbell, geometry)
 
 

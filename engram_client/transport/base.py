@@ -66,8 +66,8 @@ class Transport(Protocol):
         undefined.
         """
 
-    def hit_path(self, spec: TableSpec) -> HitPath | None:
-        """A shorter way than `lookup` to whole records, where there is one.
+    def hit_path(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> HitPath | None:
+        """A shorter way than `lookup` to whole records, or these heads of them, where there is one.
 
         Called with n-gram keys and None, or a buffer for the rows, it returns rows uint8
         [..., H, row_bytes], or None for whatever it cannot answer whole.

@@ -110,7 +110,7 @@ class GrpcTransport:
         reply = self._control(lambda calls: calls.set_budgets, message, RESIZE_TIMEOUT_S)
         return int(reply.dram_budget_bytes)
 
-    def hit_path(self, spec: TableSpec) -> None:
+    def hit_path(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> None:
         """Every look-up is a call."""
 
     def start_lookup(self, request: LookupRequest, timeout_s: float | None) -> None:

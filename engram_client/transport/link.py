@@ -60,8 +60,14 @@ class Link:
         return self._thread is not None
 
     def _work(self) -> None:
+        try:
+            warm_kernels()
+            self._attach_again_and_again()
+        finally:
+            self._tried.set()
+
+    def _attach_again_and_again(self) -> None:
         pause_s = BACKOFF_S[0]
-        warm_kernels()
         while not self._closing.is_set():
             try:
                 self._stay_attached()

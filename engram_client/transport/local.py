@@ -44,7 +44,9 @@ class LocalTransport:
     def lookup(self, request: LookupRequest, out: np.ndarray, timeout_s: float | None) -> None:
         self._store.lookup(request, out, timeout_s)
 
-    def hit_path(self, spec: TableSpec) -> HitPath | None:
+    def hit_path(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> HitPath | None:
+        if heads is not None:
+            return None
         path: HitPath | None = self._store.hit_path(spec.name, spec.generation)
         if path is None:
             return None

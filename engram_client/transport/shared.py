@@ -33,12 +33,13 @@ class SharedHitPath:
     With `out` the rows go there, if it is such an array; its content is undefined after a None.
     """
 
-    def __init__(self, link: Link, spec: TableSpec) -> None:
+    def __init__(self, link: Link, spec: TableSpec, heads: tuple[int, int] | None) -> None:
         assert spec.scheme is not None
         self._link = link
-        self._key: ViewKey = (spec.name, spec.generation, "ngram", None)
+        self._key: ViewKey = (spec.name, spec.generation, "ngram", heads)
         self._orders = spec.scheme.orders
-        self._heads = spec.scheme.orders * spec.scheme.heads
+        start, stop = heads or (0, spec.scheme.heads)
+        self._heads = spec.scheme.orders * (stop - start)
         self._row_bytes = spec.row_bytes
 
     def __call__(self, keys: np.ndarray, out: np.ndarray | None = None) -> np.ndarray | None:
@@ -164,11 +165,11 @@ class SharedTransport:
             for _, request in waiting:
                 request.give_back()
 
-    def hit_path(self, spec: TableSpec) -> HitPath | None:
-        """Whole records of a record-addressed table, in one kernel call."""
+    def hit_path(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> HitPath | None:
+        """Records of a record-addressed table, or these heads of them, in one kernel call."""
         if spec.scheme is None or spec.addressing != "record":
             return None
-        return SharedHitPath(self._link, spec)
+        return SharedHitPath(self._link, spec, heads)
 
     def close(self) -> None:
         self._closed = True

@@ -23,6 +23,7 @@ from engram_client.transport.handoff import HELLO, NoSharedMemory, check_hello, 
 log = logging.getLogger(__name__)
 HELLO_TIMEOUT_S = 5.0
 BACKLOG = 64
+REFUSED_PAUSE_S = 0.5
 UNKNOWN_MAX = 64  # connections that have not said hello
 
 
@@ -91,6 +92,7 @@ class Door:
             connection, _ = self._door.accept()
         except OSError as error:
             log.warning("a client could not be let in: %s", error.strerror)
+            time.sleep(REFUSED_PAUSE_S)  # it is still there, and so is what is lacking
             return
         if len(self._unknown) >= UNKNOWN_MAX:
             connection.close()
