@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -214,9 +215,11 @@ class Table:
         return _Query(LookupRequest(self.spec.name, self.spec.generation, address, ids, heads), shape)
 
     def _read(self, query: _Query, timeout: float | None) -> np.ndarray:
-        rows = np.empty(query.shape, np.uint8)
-        self._fill(query, rows, timeout)
-        return rows
+        request = query.request
+        if not request.ids.size:
+            return np.empty(query.shape, np.uint8)
+        entry_bytes = math.prod(query.shape) // len(request.ids)
+        return self._transport.fetch(request, entry_bytes, timeout).reshape(query.shape)
 
     def _fill(self, query: _Query, rows: np.ndarray, timeout: float | None) -> None:
         if query.request.ids.size:

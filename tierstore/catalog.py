@@ -74,8 +74,8 @@ class Catalog:
             return cls(folder, _acquire(path))
         except (OSError, lmdb.Error) as error:
             raise StorageError(
-                f"catalog {path} cannot be opened: {error}; the row files beside it are not touched: restore "
-                "the catalog from a copy, or move it away and pack the tables again"
+                f"catalog {path} cannot be opened: {error}; the row files beside it are not touched: move "
+                f"the catalog away and make it again with `tierstore adopt {folder}`"
             ) from error
 
     def tables(self) -> dict[str, CatalogEntry]:

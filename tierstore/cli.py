@@ -8,6 +8,7 @@ import io
 import json
 import os
 import sys
+from importlib import metadata
 from types import ModuleType
 
 from engram_client import errors
@@ -17,6 +18,7 @@ COMMANDS = {
     "pack": "pack a checkpoint's tables into a store directory",
     "inspect": "say what a row file or store directory holds",
     "verify": "read every page and compare its checksum",
+    "adopt": "take row files into the catalog that are not in it",
     "config": "check and show the configuration",
 }
 OK, FOUND_PROBLEM, USAGE, STORAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -94,10 +96,19 @@ def _front() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     parser.set_defaults(subparsers=parser.add_subparsers(metavar="COMMAND"))
     for name, meaning in COMMANDS.items():
         parser.get_default("subparsers").add_parser(name, help=meaning, description=meaning)
     return parser
+
+
+class _Version(argparse.Action):
+    """Looked up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_arguments: object) -> None:
+        print(f"tierstore {metadata.version('tierstore')}")
+        parser.exit()
 
 
 def _load(parser: argparse.ArgumentParser, name: str) -> ModuleType:

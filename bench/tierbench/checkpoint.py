@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,13 +73,28 @@ def make_checkpoint(
     into the hash; without one the published size does. `progress` is told of bytes as they are written.
     Raises BadRequest where `out` holds something else, StorageError where the disk refuses or is full.
     """
-    if seed < 0:
-        raise BadRequest(f"seed must be >= 0, got {seed}")
     if tokenizer is None and model != "qwen-ple":
         tokenizer = installed_tokenizer()
     size = _size(model, rows_per_head, layers, hidden_size, tokenizer)
     plan = plan_checkpoint(model, size)
-    note = {"version": NOTE_VERSION, "model": model, "seed": seed, **asdict(size)}
+    return write_checkpoint(out, plan, {"model": model, **asdict(size)}, seed, tokenizer, progress)
+
+
+def write_checkpoint(
+    out: Path,
+    plan: Plan,
+    parameters: Mapping[str, Any],
+    seed: int = 0,
+    tokenizer: Path | None = None,
+    progress: Progress | None = None,
+) -> Made:
+    """Write the files of `plan` into the folder `out`, as `make_checkpoint` does, with its errors.
+
+    `parameters` say what the plan was made from: a checkpoint that is there is reused where they agree.
+    """
+    if seed < 0:
+        raise BadRequest(f"seed must be >= 0, got {seed}")
+    note = {"version": NOTE_VERSION, "seed": seed, **parameters}
     note = json.loads(json.dumps({**note, "files": {name: _file_bytes(t) for name, t in plan.files.items()}}))
     kept = out / TOKENIZER_NAME if tokenizer else None
     made = Made(out, plan, sum(t.bytes for t in plan.tensors.values()), kept, reused=False)

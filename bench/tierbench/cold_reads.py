@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import resource
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +20,8 @@ from tierstore.config.schema import Dram, Nvme
 from tierstore.format.geometry import Geometry
 from tierstore.format.rowfile import RowFile
 from tierstore.store import open_store
+
+ROWS_PER_S_MAX = 500_000  # a faster disk reads a window's pages more than once
 
 
 @dataclass(frozen=True)
@@ -58,24 +63,28 @@ class ColdTable:
         self._table = self._client.table(prepared.spec.name)
         self.geometry = RowFile.open(prepared.row_file).geometry
         self._row_bytes = prepared.spec.row_bytes
+        self._table.lookup([0], timeout=None)  # kernels may have to be compiled, however long it takes
 
     def lookup(self, row_ids: np.ndarray) -> np.ndarray:
         return np.asarray(self._table.lookup(row_ids))
 
     def window(self, callers: int, batch_rows: int, window_s: float, seed: int) -> ColdSample:
-        """Look up batch after batch for `window_s`, `callers` at a time."""
+        """Look up batch after batch for `window_s`, `callers` at a time; ids are drawn before."""
+        wanted = math.ceil(ROWS_PER_S_MAX * window_s / batch_rows / callers)
+        pages = [DistinctPages(self.geometry, seed * 1000 + caller) for caller in range(callers)]
+        prepared = [itertools.cycle([p.batch(batch_rows) for _ in range(wanted)]) for p in pages]
         before, cpu_before, started = self._client.stats(), _cpu_s(), time.perf_counter()
         until = started + window_s
 
-        def call_on(caller: int) -> None:
-            pages = DistinctPages(self.geometry, seed * 1000 + caller)
+        def call_on(batches: Iterator[np.ndarray]) -> None:
             out = np.empty((batch_rows, self._row_bytes), np.uint8)
-            while time.perf_counter() < until:
-                ids = pages.batch(batch_rows)
+            for ids in batches:
                 self._table.lookup_into(ids, out[: ids.size])
+                if time.perf_counter() >= until:
+                    break
 
         with ThreadPoolExecutor(callers) as pool:
-            list(pool.map(call_on, range(callers)))
+            list(pool.map(call_on, prepared))
         wall_s, cpu_s = time.perf_counter() - started, _cpu_s() - cpu_before
         d = {name: value - before[name] for name, value in self._client.stats().items()}
         rows = d["nvme_rows"]

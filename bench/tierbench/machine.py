@@ -9,10 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = (
-    *("numpy", "numba", "llvmlite", "torch", "grpcio", "protobuf", "lmdb", "tokenizers", "msgspec"),
-    "engramdb-python",
-)
+PACKAGES = ("numpy", "numba", "llvmlite", "torch", "grpcio", "protobuf", "lmdb", "tokenizers", "msgspec")
+PEERS = ("engramdb-python", "mooncake-transfer-engine-non-cuda")
 
 
 def describe_machine(data_path: Path) -> dict[str, Any]:
@@ -31,7 +29,7 @@ def describe_machine(data_path: Path) -> dict[str, Any]:
     }
 
 
-def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
+def package_versions(names: Iterable[str] = (*PACKAGES, *PEERS)) -> dict[str, str]:
     """Installed versions; packages that are not there are left out."""
     found = {}
     for name in names:

@@ -39,9 +39,9 @@ def prepared_table(folder: Path, rows_per_head: int) -> PreparedTable:
     Raises StorageError, or BadRequest where something else lies at its place.
     """
     store = folder / f"v41-{rows_per_head}" / "store"
-    if not (found := _packed(store)):
+    if not (found := packed_tables(store)):
         _pack(prepared_checkpoint(folder, rows_per_head), store)
-        found = _packed(store)
+        found = packed_tables(store)
     ((spec, row_file),) = found
     return PreparedTable(store, spec, row_file)
 
@@ -58,7 +58,8 @@ def _pack(checkpoint: Path, store: Path) -> None:
         pack(checkpoint, store, PackOptions(), notify=lambda text: None, on_progress=on_progress)
 
 
-def _packed(store: Path) -> list[tuple[TableSpec, Path]]:
+def packed_tables(store: Path) -> list[tuple[TableSpec, Path]]:
+    """Every table of a store and its row file; none where there is no store."""
     if not (store / "catalog").exists():
         return []
     with Catalog.open(store) as catalog:

@@ -13,6 +13,7 @@ from engram_client.transport.base import LookupRequest
 from engram_client.wire.convert import request_to_message
 from tierbench.alternate import Step
 from tierbench.yardsticks.empty_service import EmptyClient
+from tierbench.yardsticks.served_peers import Fetch
 
 WARM_ENTRIES = 2048  # n-grams of one look-up while warming
 
@@ -58,11 +59,20 @@ class RemoteCalls:
             self.table.lookup_ngrams(flat[start : start + WARM_ENTRIES])
 
     def step(self) -> Step:
-        out = np.empty((self.keys.shape[1], self.heads, self.table.spec.row_bytes), np.uint8)
+        def step(call: int) -> int:
+            rows = self.table.lookup_ngrams(self.keys[call % len(self.keys)])
+            return rows.shape[0] * self.heads
+
+        return step
+
+    def peer_step(self, fetch: Fetch, rows_per_head: int, seed: int) -> Step:
+        """As many rows by row ids, from another service."""
+        shape = (*self.keys.shape[:2], self.heads)
+        ids = np.random.default_rng(seed).integers(0, rows_per_head, shape, np.int64)
 
         def step(call: int) -> int:
-            self.table.lookup_ngrams_into(self.keys[call % len(self.keys)], out)
-            return out.shape[0] * self.heads
+            fetch(ids[call % len(ids)])
+            return ids.shape[1] * self.heads
 
         return step
 

@@ -5,8 +5,8 @@ one set of 16 ways. The *index* has one 64-byte line, one cache line, for each s
 the records, way after way, set after set; after them come the *ghosts*, 16 bytes for each set.
 
     index line     0..31  uint16 tags[16]    part of the hash; 0 = empty way
-                  32..47  uint8  states[16]  bits 0..2 queue and reads: 0 small queue, unread; 1 small
-                                                       queue, read; 2..7 main queue, 0..5 reads
+                  32..47  uint8  states[16]  bits 0..2 queue and reads: 0..2 small queue, 0 to 2
+                                                       reads; 3..7 main queue, 0 to 4 reads
                                              bit  3    1 while a hint's reader is awaited
                                              bits 4..7 place in the set's order of arrival, 0 = oldest
                   48..55  int64  sequence    odd while a writer is inside the set
@@ -34,7 +34,7 @@ WAYS = 16
 LINE_BYTES = 64
 GHOST_BYTES = 16  # of a set's ghost line
 TAGS_AT, STATES_AT, SEQUENCE_AT, GHOSTS_AT = 0, 32, 48, 56
-SMALL, SMALL_READ, MAIN, MAIN_READ = 0, 1, 2, 7  # the two ends of each queue's reads, in a state
+SMALL, SMALL_READ, MAIN, MAIN_READ = 0, 2, 3, 7  # the two ends of each queue's reads, in a state
 QUEUE_MASK, WANTED, PLACE_SHIFT = 7, 8, 4
 KEY_AT, OWNER_AT, RECORD_AT = 0, 8, 16
 SLOT_ALIGNMENT_BYTES = 16

@@ -66,6 +66,12 @@ class Transport(Protocol):
         undefined.
         """
 
+    def fetch(self, request: LookupRequest, entry_bytes: int, timeout_s: float | None) -> np.ndarray:
+        """As `lookup`, into memory that the transport has anyway or takes: uint8 [n, entry_bytes].
+
+        `entry_bytes` are those that the rows of one id, or one line of n-gram keys, come to.
+        """
+
     def hit_path(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> HitPath | None:
         """A shorter way than `lookup` to whole records, or these heads of them, where there is one.
 

@@ -128,21 +128,28 @@ class GrpcTransport:
         entries = request.ids.shape[0]
         if not entries:
             return
-        deadline = Deadline.after(timeout_s)
-        flat = out.reshape(entries, -1)
-        calls = min(entries, max(1, -(-flat.nbytes // CALL_BYTES_MAX)))
-        if calls == 1:
-            self._lookup_in_one(request, flat, deadline)
+        flat, deadline = out.reshape(entries, -1), Deadline.after(timeout_s)
+        if (calls := _calls_for(entries, flat.nbytes)) == 1:
+            flat[:] = self._lookup_in_one(request, flat.shape[1], deadline)
         else:
             self._lookup_in_several(request, flat, -(-entries // calls), deadline)
 
-    def _lookup_in_one(self, request: LookupRequest, rows: np.ndarray, deadline: Deadline) -> None:
+    def fetch(self, request: LookupRequest, entry_bytes: int, timeout_s: float | None) -> np.ndarray:
+        """One reply is handed over as it came; several are put together."""
+        entries = request.ids.shape[0]
+        if entries and _calls_for(entries, entries * entry_bytes) == 1:
+            return self._lookup_in_one(request, entry_bytes, Deadline.after(timeout_s))
+        out = np.empty((entries, entry_bytes), np.uint8)
+        self.lookup(request, out, timeout_s)
+        return out
+
+    def _lookup_in_one(self, request: LookupRequest, entry_bytes: int, deadline: Deadline) -> np.ndarray:
         """The caller's thread does the waiting: a future would be two wake-ups slower."""
         message = request_to_message(request)
         reply = self._repeat_while_unavailable(
             lambda: self._calls.lookup(message, timeout=deadline.remaining_s()), deadline
         )
-        self._take(message, reply, rows)
+        return self._checked(message, reply, request.ids.shape[0], entry_bytes)
 
     def _lookup_in_several(
         self, request: LookupRequest, flat: np.ndarray, per_call: int, deadline: Deadline
@@ -169,21 +176,24 @@ class GrpcTransport:
     def _finish(self, message: pb.LookupRequest, rows: np.ndarray, call: Any, deadline: Deadline) -> None:
         first = [call]
 
-        def attempt() -> memoryview:
+        def attempt() -> np.ndarray:
             again = first.pop() if first else self._start(message, deadline)
-            reply: memoryview = again.result()
+            reply: np.ndarray = again.result()
             return reply
 
-        self._take(message, self._repeat_while_unavailable(attempt, deadline), rows)
+        rows[:] = self._checked(message, self._repeat_while_unavailable(attempt, deadline), *rows.shape)
 
-    def _take(self, message: pb.LookupRequest, reply: memoryview, rows: np.ndarray) -> None:
-        """Copy a reply to where its rows belong."""
-        if reply.nbytes != rows.nbytes:
+    def _checked(
+        self, message: pb.LookupRequest, reply: np.ndarray, entries: int, entry_bytes: int
+    ) -> np.ndarray:
+        """A reply as uint8 [entries, entry_bytes]."""
+        if reply.nbytes != entries * entry_bytes:
             raise TierstoreError(
                 f"{self._target} answered {reply.nbytes} bytes for table {message.table!r}, expected "
-                f"{rows.nbytes}: client and daemon disagree about the wire contract; use one version for both"
+                f"{entries * entry_bytes}: client and daemon disagree about the wire contract; use one "
+                "version for both"
             )
-        rows.reshape(-1)[:] = np.frombuffer(reply, np.uint8)
+        return reply.reshape(entries, entry_bytes)
 
     def _control(
         self,
@@ -224,6 +234,11 @@ class GrpcTransport:
             self._closed = True
             if self._made.pid == os.getpid():
                 self._made.channel.close()
+
+
+def _calls_for(entries: int, rows_bytes: int) -> int:
+    """How many calls a look-up is split into."""
+    return min(entries, max(1, -(-rows_bytes // CALL_BYTES_MAX)))
 
 
 def _split(request: LookupRequest, entries_max: int) -> list[LookupRequest]:

@@ -44,6 +44,11 @@ class LocalTransport:
     def lookup(self, request: LookupRequest, out: np.ndarray, timeout_s: float | None) -> None:
         self._store.lookup(request, out, timeout_s)
 
+    def fetch(self, request: LookupRequest, entry_bytes: int, timeout_s: float | None) -> np.ndarray:
+        out = np.empty((request.ids.shape[0], entry_bytes), np.uint8)
+        self.lookup(request, out, timeout_s)
+        return out
+
     def hit_path(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> HitPath | None:
         if heads is not None:
             return None

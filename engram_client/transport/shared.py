@@ -128,6 +128,13 @@ class SharedTransport:
         if view is None or not self._look_up(view, request, out, deadline):
             self._remote.lookup(request, out, deadline.remaining_s())
 
+    def fetch(self, request: LookupRequest, entry_bytes: int, timeout_s: float | None) -> np.ndarray:
+        if self._link.attachment is None:
+            return self._remote.fetch(request, entry_bytes, timeout_s)
+        out = np.empty((request.ids.shape[0], entry_bytes), np.uint8)
+        self.lookup(request, out, timeout_s)
+        return out
+
     def _look_up(self, view: View, request: LookupRequest, out: np.ndarray, deadline: Deadline) -> bool:
         """False where the whole look-up has to go another way."""
         found = view.read(request.ids.reshape(-1, view.orders), out)

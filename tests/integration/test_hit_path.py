@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +115,20 @@ def test_into_the_callers_buffer(packed: PackedStore, tmp_path: Path) -> None:
         assert np.array_equal(out, oracle.lookup_ngrams(keys))
         with pytest.raises(errors.BadRequest):
             table.lookup_ngrams_into(keys, fixed)
+
+
+def test_the_short_way_follows_the_arena_and_lets_go_of_the_old_one(
+    packed: PackedStore, tmp_path: Path
+) -> None:
+    folder, oracle = packed.copy_to(tmp_path), packed.oracles[V41]
+    with opened(folder, small_config(BUDGET)) as made, connect(f"local:{folder}") as client:
+        table, keys = client.table(V41), random_keys(oracle, 30)
+        short = made.store.hit_path(V41, table.spec.generation)
+        assert short is not None
+        expected = table.lookup_ngrams(keys)
+        assert np.array_equal(short(keys), expected)
+        left = weakref.ref(short._arena.settled_region())
+        client.set_dram_budget(BUDGET // 2)
+        gc.collect()
+        assert left() is None
+        assert np.array_equal(short(keys), expected)

@@ -10,7 +10,8 @@ import errno
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,11 @@ STEPS = ("pwrite", "write", "fdatasync", "fsync", "rename", "unlink")
 
 
 class Pack:
-    """Two tables in three shards each, and `pack` with small leaves."""
+    """Two tables, in three shards each unless told otherwise, and `pack` with small leaves."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shard_rows: Sequence[int] = (500, 400, 300)) -> None:
         self.source, self.store = folder / "checkpoint", folder / "store"
-        self.layout, self.rows = plain_checkpoint(self.source, (500, 400, 300), names=("a", "b"))
+        self.layout, self.rows = plain_checkpoint(self.source, shard_rows, names=("a", "b"))
 
     def __call__(self, **options: Any) -> PackReport:
         return pack(
@@ -254,6 +255,26 @@ def test_a_source_that_changes_while_it_is_packed_is_not_published(
         assert not (packing.store / "tables").exists()
         assert len(packing.shards()) == 6
     packing(restart=True)
+
+
+def test_removed_shards_give_their_space_back_while_packing_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packing, held, real = Pack(tmp_path, (300,) * 8), [], os.fdatasync
+
+    def look(fd: int) -> None:
+        links = set()
+        for path in Path("/proc/self/fd").iterdir():
+            with suppress(OSError):  # closed meanwhile
+                links.add(path.readlink().name)
+        held.append([link for link in links if link.endswith(".safetensors (deleted)")])
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", look)
+    packing(consume="yes")
+    assert packing.shards() == []
+    assert len(held) > 16
+    assert max(map(len, held)) <= 1  # the one that was being read when it became safe
 
 
 def test_a_shard_that_cannot_be_removed_is_named(packing: Pack, monkeypatch: pytest.MonkeyPatch) -> None:

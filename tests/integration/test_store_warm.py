@@ -49,6 +49,18 @@ def test_what_was_cached_is_cached_after_a_restart(packed: PackedStore, tmp_path
         assert stats["snapshot_bytes_read"] <= 1.1 * BUDGET
 
 
+def test_warming_up_keeps_what_the_refill_has_counted(packed: PackedStore, tmp_path: Path) -> None:
+    folder = packed.copy_to(tmp_path)
+    with opened(folder, warm_config(BUDGET)) as made:
+        ask(made.store, packed, folder)
+    with opened(folder, warm_config(BUDGET)) as made:
+        assert made.store.wait_warm(60)
+        before = made.store.stats()
+        made.store.warm_up()
+        assert made.store.stats() == before
+        assert before["records_restored"] > 0 < before["snapshot_bytes_read"]
+
+
 def test_another_budget_takes_what_fits(packed: PackedStore, tmp_path: Path) -> None:
     folder = packed.copy_to(tmp_path)
     with opened(folder, warm_config(BUDGET)) as made:

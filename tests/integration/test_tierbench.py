@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tierbench import beside, cli
 from tierbench.alternate import against_best, alternate, latencies_us, rate, rate_of_callers
 from tierbench.filled_arena import filled_arena
 
+PEERS = {"EngramDB server": "engramdb", "Mooncake EngramStore": "mooncake"}
 TINY = ["--rows-per-head", "2000", "--windows", "2", "--window-s", "0.02"]
 
 
@@ -91,11 +93,15 @@ def test_cold(capsys: pytest.CaptureFixture[str], data: Path) -> None:
             if told["beside_fio"]:
                 assert_pairs(told["beside_fio"])
     assert found["fio"] or found["pread"]["fio"] is None
-    assert min(v for k, v in found["other_ways"].items() if k.endswith("rows_per_s")) > 0
+    assert min(v for v in found["other_ways"]["rows_per_s"].values() if v is not None) > 0
 
 
 def test_serve(capsys: pytest.CaptureFixture[str], data: Path) -> None:
-    found = figures(capsys, data, "serve", *TINY, "--dram-bytes", "64MiB", "--different", "2")
+    sizes = ["--dram-bytes", "64MiB", "--different", "2", "--peer-rows-per-head", "1000"]
+    found = figures(capsys, data, "serve", *TINY, *sizes)
+    assert set(found["peers"]) == {name for name, package in PEERS.items() if find_spec(package)}
+    for peer in found["peers"].values():
+        assert_pairs(peer["rows_per_s"])
     for transport in ("tcp", "unix"):
         assert found[transport]["batch"]["rows_a_call"] == 171 * 24
         assert found[transport]["token"]["rows_a_call"] == 48
@@ -129,6 +135,10 @@ def test_extent(capsys: pytest.CaptureFixture[str], data: Path) -> None:
     assert (ours["seen_missed"], ours["new_missed"]) == (bare["seen_missed"], bare["new_missed"])
     assert bare["extent_hits"] == 0 < ours["extent_hits"]
     assert 1 <= ours["pages_per_seen_record"] < bare["pages_per_seen_record"] <= 8
+    assert 0 < ours["reads_per_seen_record"] < ours["pages_per_seen_record"]
+    assert ours["reads_per_seen_record_clairvoyant"] == 1 < bare["reads_per_seen_record_clairvoyant"]
+    assert len(ours["by_part"]) == 10
+    assert ours["by_part"][-1]["filled"] == pytest.approx(ours["extent_filled"], rel=0.2)
 
 
 def test_wrong_sizes_are_one_line(capsys: pytest.CaptureFixture[str], data: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import types
 from collections.abc import Callable
+from importlib import metadata
 
 import pytest
 
@@ -40,6 +41,13 @@ def test_help_lists_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "exit codes:" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"tierstore {metadata.version('tierstore')}\n"
 
 
 def test_no_command_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,10 @@ class Dram(Section, frozen=True):
     budget_bytes: Annotated[
         ByteSize, Meta(ge=0, description="DRAM for cached records, their index included; 0 caches nothing")
     ] = GIB
+    balance_period_s: Annotated[
+        Seconds,
+        Meta(ge=0, description="time between moves of DRAM to the record size where it saves most; 0: never"),
+    ] = 600.0
     snapshot_period_s: Annotated[
         Seconds,
         Meta(ge=0, description="time between snapshots of the cache for a warm restart; 0 writes none"),

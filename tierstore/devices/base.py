@@ -27,6 +27,24 @@ class PageRead(Protocol):
         """Whether nothing is under way: the buffer is the caller's again."""
 
 
+class PageStream(PageRead, Protocol):
+    """A read whose runs are taken in order, by a kernel, while later ones are still read.
+
+    Only runs below a limit are begun; the kernel raises it as it takes runs, so slots can be used again.
+    """
+
+    @property
+    def words(self) -> tuple[int, int, int]:
+        """For the kernel: addresses of the job table and of the job (tierstore/kernels/jobs.py), and how
+        many workers there are to be woken."""
+
+    def advance(self, deadline: Deadline) -> float:
+        """Help the next runs to land; how long in seconds the kernel may then sleep until they do.
+
+        Raises DeadlineExceeded.
+        """
+
+
 class PageReader(Protocol):
     """Reads runs of pages of open files. Thread safe."""
 
@@ -46,6 +64,24 @@ class PageReader(Protocol):
         Arrays int64 [runs], at least one run; `buffer` is the address of a page-aligned buffer of
         4096-byte slots, which the caller keeps until the read has ended. `hint` says that nobody
         waits yet: reads that somebody waits for go first.
+        """
+
+    def stream(
+        self,
+        fd: int,
+        first_pages: np.ndarray,
+        page_counts: np.ndarray,
+        slots: np.ndarray,
+        buffer: int,
+        *,
+        hint: bool,
+        limit: int,
+        fates: np.ndarray,
+    ) -> PageStream:
+        """As `start`, for runs that need more slots than there are at a time.
+
+        Runs below `limit` are begun at once. `fates` uint32 [runs], zeros: what became of each run. A run
+        that fails does not fail the others.
         """
 
     def close(self) -> None:

@@ -50,15 +50,24 @@ class JobTable:
         buffer: int,
         *,
         hint: bool,
+        limit: int | None = None,
+        fates: np.ndarray | None = None,
     ) -> Job:
-        """Begin to read runs; the arrays, int64, belong to the job until it has ended."""
+        """Begin to read runs; the arrays, int64, belong to the job until it has ended.
+
+        `limit` and `fates` make it a stream.
+        """
         if not any(thread.is_alive() for thread in self._threads):
             raise Unavailable("the page reader is closed")
-        return Job(self, self._free.get(), fd, (first_pages, page_counts, slots), buffer, hint)
+        runs = (first_pages, page_counts, slots)
+        return Job(self, self._free.get(), fd, runs, buffer, hint, limit, fates)
 
     def words_of(self, place: int) -> np.ndarray:
         start = jobs.HEADER_WORDS + place * jobs.JOB_WORDS
         return self._words[start : start + jobs.JOB_WORDS]
+
+    def address_of(self, place: int) -> int:
+        return self.address + 8 * (jobs.HEADER_WORDS + place * jobs.JOB_WORDS)
 
     @property
     def workers(self) -> int:
@@ -75,7 +84,7 @@ class JobTable:
 
 
 class Job:
-    """One read request under way. See `PageRead`."""
+    """One read request under way. See `PageRead` and `PageStream`."""
 
     def __init__(
         self,
@@ -85,13 +94,18 @@ class Job:
         runs: tuple[np.ndarray, np.ndarray, np.ndarray],
         buffer: int,
         hint: bool,
+        limit: int | None,
+        fates: np.ndarray | None,
     ) -> None:
         self._table = table
+        self._fates = fates
         self._place: int | None = place
         self._runs = tuple(np.ascontiguousarray(a) for a in runs)  # alive until the job has ended
         addresses = [a.ctypes.data for a in self._runs]
         count = self._runs[0].size
-        jobs.open_job(table.address, place, int(hint), fd, count, *addresses, buffer, table.workers)
+        stream = (count if limit is None else limit, 0 if fates is None else fates.ctypes.data)
+        jobs.open_job(table.address, place, int(hint), fd, count, *addresses, buffer, *stream, table.workers)
+        self.words = (table.address, table.address_of(place), table.workers)
 
     def ended(self) -> bool:
         """Whether no read of this job is under way any more."""
@@ -114,6 +128,13 @@ class Job:
         page, errno = self._failure
         if errno:
             raise PageReadFailed(page, errno)
+
+    def advance(self, deadline: Deadline) -> float:
+        """See `PageStream`; the workers need no help."""
+        left_s = deadline.remaining_s()
+        if left_s == 0:
+            raise deadline.exceeded("reading pages")
+        return SLICE_S if left_s is None else min(SLICE_S, left_s)
 
     def withdraw(self) -> None:
         """Drop what has not begun; `ended` tells when the rest is over."""
@@ -138,6 +159,22 @@ class JobReader:
         hint: bool,
     ) -> Job:
         return self._table.open(fd, first_pages, page_counts, slots, buffer, hint=hint)
+
+    def stream(
+        self,
+        fd: int,
+        first_pages: np.ndarray,
+        page_counts: np.ndarray,
+        slots: np.ndarray,
+        buffer: int,
+        *,
+        hint: bool,
+        limit: int,
+        fates: np.ndarray,
+    ) -> Job:
+        return self._table.open(
+            fd, first_pages, page_counts, slots, buffer, hint=hint, limit=limit, fates=fates
+        )
 
     def close(self) -> None:
         self._table.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 from engram_client.errors import FormatError, StorageError
 from tierstore.format.source import TableSource
 
-MAX_OPEN_FILES = 8
+OPEN_FILES_MAX = 8
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,22 @@ def plan_reads(source: TableSource, first_row: int, last_row: int, batch_rows: i
 
 
 class SourceFiles:
-    """The source files that are being read; used by one thread. At most a few are open."""
+    """The source files that are being read; used by one thread.
+
+    Open are at most a few, and only such as the last call wanted: a file that `--consume` removed gives
+    its space back only once it is closed as well.
+    """
 
     def __init__(self) -> None:
-        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._open: dict[Path, int] = {}
 
-    def read(self, read: Read, staging: np.ndarray) -> None:
-        """Fill staging[read.at : read.at + read.count]. Raises FormatError where the file ends early."""
+    def read_all(self, reads: Sequence[Read], staging: np.ndarray) -> None:
+        """Fill each read's part of `staging`. Raises FormatError where a file ends early."""
+        self._close_all_but({read.path for read in reads})
+        for read in reads:
+            self._read(read, staging)
+
+    def _read(self, read: Read, staging: np.ndarray) -> None:
         fd = self._fd(read.path)
         view = staging.data[read.at : read.at + read.count]
         done = 0
@@ -72,12 +81,14 @@ class SourceFiles:
         os.posix_fadvise(fd, read.offset, read.count, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
+        self._close_all_but(set())
+
+    def _close_all_but(self, wanted: set[Path]) -> None:
+        for path in self._open.keys() - wanted:
+            os.close(self._open.pop(path))
 
     def _fd(self, path: Path) -> int:
         if path in self._open:
-            self._open.move_to_end(path)
             return self._open[path]
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -85,7 +96,7 @@ class SourceFiles:
             raise FormatError(f"{path} is missing: the checkpoint is not complete; fetch it again") from error
         except OSError as error:
             raise StorageError(f"{path} cannot be opened: {error.strerror}") from error
-        while len(self._open) >= MAX_OPEN_FILES:
-            os.close(self._open.popitem(last=False)[1])
+        while len(self._open) >= OPEN_FILES_MAX:
+            os.close(self._open.pop(next(iter(self._open))))
         self._open[path] = fd
         return fd

@@ -196,8 +196,8 @@ class _Pipeline:
     def _read(self, leaf: int) -> None:
         # The kernel's own read-ahead is enough; POSIX_FADV_WILLNEED would crowd out the writes.
         first_row, last_row = self.job.rows_in(leaf), self.job.rows_in(leaf + 1)
-        for read in plan_reads(self.job.source, first_row, last_row, self.job.leaf_rows):
-            self.files.read(read, self.staging[leaf % DEPTH])
+        reads = plan_reads(self.job.source, first_row, last_row, self.job.leaf_rows)
+        self.files.read_all(reads, self.staging[leaf % DEPTH])
 
     def _pack(self, leaf: int) -> tuple[np.ndarray, int]:
         """Pages of one leaf, uint64 [n, 512], and how many of them are filled."""

@@ -5,7 +5,7 @@ empty. `sequence` numbers the records in the order in which they were written, s
 a record lies (sequence mod slots) and whether it has been overwritten (sequence < oldest). Words are read and
 written whole, so looking needs no lock; who inserts or removes holds one.
 
-An entry is 32 bytes of identity and a part of a record (tierstore/tiers/extent_layout.py draws it).
+An entry is 32 bytes of identity and a piece of a record (tierstore/tiers/extent_layout.py draws it).
 `identities` int64 [tables, 2] holds the two words of each table's generation, zeros for tables that
 are not kept; a record's table is owner >> ORDER_BITS.
 """
@@ -86,82 +86,112 @@ def insert_into_index(index, hashes, first, count):
         index[which, chosen] = (fingerprint << SEQUENCE_BITS) | (first + i)
 
 
+@inline_kernel
+def forget(index, h, sequence):
+    which = set_of(h, len(index))
+    word = (fingerprint_of(h) << SEQUENCE_BITS) | sequence
+    for way in range(WAYS):
+        if index[which, way] == word:
+            index[which, way] = 0
+
+
 @kernel
 def remove_from_index(index, keys, owners, identities, sequences):
     """Forget exactly these records at these sequences."""
     for i in range(keys.size):
-        h = hash_of(keys[i], owners[i], identities)
-        which = set_of(h, len(index))
-        word = (fingerprint_of(h) << SEQUENCE_BITS) | sequences[i]
-        for way in range(WAYS):
-            if index[which, way] == word:
-                index[which, way] = 0
+        forget(index, hash_of(keys[i], owners[i], identities), sequences[i])
+
+
+@kernel
+def withdraw_from_index(index, hashes, first, count):
+    """Forget what `insert_into_index` entered."""
+    for i in range(count):
+        forget(index, np.uint64(hashes[i]), first + i)
 
 
 @inline_kernel
-def detail_of(owner, part, record_bytes):
-    return (owner & ORDER_MASK) | (part << 8) | (record_bytes << 32)
+def detail_of(owner, begin, record_bytes):
+    return (owner & ORDER_MASK) | (begin // 8 << 8) | (record_bytes << 32)
 
 
 @inline_kernel
-def write_entry(entry, key, owner, identities, part, record_bytes, source, count):
+def write_entry(entry, key, owner, identities, begin, record_bytes, source, count):
     table = owner >> ORDER_BITS
     store_word(entry, key)
     store_word(entry + 8, identities[table, 0])
     store_word(entry + 16, identities[table, 1])
-    store_word(entry + 24, detail_of(owner, part, record_bytes))
+    store_word(entry + 24, detail_of(owner, begin, record_bytes))
     copy_bytes(entry + IDENTITY_BYTES, source, count)
 
 
 @inline_kernel
-def is_entry_of(entry, key, owner, identities, part, record_bytes):
-    """Whether exactly this part of this record of this generation lies here."""
+def is_entry_of(entry, key, owner, identities, begin, record_bytes):
+    """Whether exactly this piece of this record of this generation lies here."""
     table = owner >> ORDER_BITS
     return (
         load_word(entry) == key
         and load_word(entry + 8) == identities[table, 0]
         and load_word(entry + 16) == identities[table, 1]
-        and load_word(entry + 24) == detail_of(owner, part, record_bytes)
+        and load_word(entry + 24) == detail_of(owner, begin, record_bytes)
     )
 
 
 @kernel
 def pack_entries(buffer, first, shape, keys, owners, identities, source, places, hashes):
-    """Put records into a write buffer as its entries `first`, `first + 1`, ...; pages are not sealed.
+    """Put records into a write buffer as its records `first`, `first + 1`, ...; pages are not sealed.
 
     `buffer` and `source` are addresses; record i lies at source + places[i] * record bytes. `shape`
-    is record bytes, entry bytes, entries in a page, pages of a record. Writes `hashes` int64, from
-    `first` on. What is left of a page is zeros.
+    is record bytes, pages and records of a group, its starts int64 [records + 1] and pieces int64 [n, 4].
+    Writes `hashes` int64, from `first` on. What is left of a group is zeros.
     """
-    record_bytes, entry_bytes, per_page, parts = shape
-    part_bytes = entry_bytes - IDENTITY_BYTES
+    record_bytes, group_pages, group_records, starts, pieces = shape
     for i in range(keys.size):
         at = first + i
         hashes[at] = np.int64(hash_of(keys[i], owners[i], identities))
         record = source + places[i] * record_bytes
-        for part in range(parts):
-            page = buffer + (at // per_page * parts + part) * PAGE_BYTES
-            if at % per_page == 0:
-                zero_bytes(page, PAGE_BYTES)
-            done = part * part_bytes
-            count = min(part_bytes, record_bytes - done)
-            entry = page + at % per_page * entry_bytes
-            write_entry(entry, keys[i], owners[i], identities, part, record_bytes, record + done, count)
+        group, inside = buffer + at // group_records * group_pages * PAGE_BYTES, at % group_records
+        if inside == 0:
+            zero_bytes(group, group_pages * PAGE_BYTES)
+        for p in range(starts[inside], starts[inside + 1]):
+            entry, begin = group + pieces[p, 0] * PAGE_BYTES + pieces[p, 1], pieces[p, 2]
+            write_entry(
+                entry, keys[i], owners[i], identities, begin, record_bytes, record + begin, pieces[p, 3]
+            )
+
+
+@kernel
+def take_unwritten(buffer, shape, places, wanted, keys, owners, identities, out, fates):
+    """Copy to `out` what still waits in a write buffer; note in `fates` uint8 [n] what is another's.
+
+    Record wanted[i] of `keys` and `owners` is record places[i] of the buffer at this address, `shape` is
+    as in `pack_entries`. It goes to out + wanted[i] * record bytes.
+    """
+    record_bytes, group_pages, group_records, starts, pieces = shape
+    for i in range(wanted.size):
+        r = wanted[i]
+        group, inside = (
+            buffer + places[i] // group_records * group_pages * PAGE_BYTES,
+            places[i] % group_records,
+        )
+        for p in range(starts[inside], starts[inside + 1]):
+            entry, begin = group + pieces[p, 0] * PAGE_BYTES + pieces[p, 1], pieces[p, 2]
+            if is_entry_of(entry, keys[r], owners[r], identities, begin, record_bytes):
+                copy_bytes(out + r * record_bytes + begin, entry + IDENTITY_BYTES, pieces[p, 3])
+            else:
+                fates[r] = FOREIGN
 
 
 @kernel
 def take_entries(
-    pages, page_slots, page_numbers, low, high, piece_slots, offsets, targets, shape, keys, owners,
-    identities, out, fates,
+    pages, page_slots, page_numbers, low, high, piece_slots, offsets, lengths, targets, record_bytes, keys,
+    owners, identities, out, fates,
 ):  # fmt: skip
     """Copy to `out` what was wanted and is there; note in `fates` uint8 [records] what is not.
 
-    page_numbers[i] of the file should lie in pages[page_slots[i]] (uint64 [capacity, 512]). Piece i lies at
-    byte offsets[i] of pages[piece_slots[i]] and goes to out + targets[i], record targets[i] // record
-    bytes of `keys` and `owners`. `low`, `high` are the file's uuid, `shape` is as in `pack_entries`.
+    page_numbers[i] of the file should lie in pages[page_slots[i]] (uint64 [capacity, 512]). Piece i, of
+    lengths[i] bytes, lies at byte offsets[i] of pages[piece_slots[i]] and goes to out + targets[i], record
+    targets[i] // record_bytes of `keys` and `owners`. `low`, `high` are the file's uuid.
     """
-    record_bytes, entry_bytes = shape[0], shape[1]
-    part_bytes = entry_bytes - IDENTITY_BYTES
     sound = np.zeros(len(pages), np.uint8)
     for i in range(page_slots.size):
         words = pages[page_slots[i]]
@@ -169,11 +199,11 @@ def take_entries(
     origin = np.int64(pages.ctypes.data)
     for i in range(piece_slots.size):
         r = targets[i] // record_bytes
-        done = targets[i] - r * record_bytes
+        begin = targets[i] - r * record_bytes
         entry = origin + piece_slots[i] * PAGE_BYTES + offsets[i]
         if not sound[piece_slots[i]]:
             fates[r] = DAMAGED
-        elif not is_entry_of(entry, keys[r], owners[r], identities, done // part_bytes, record_bytes):
+        elif not is_entry_of(entry, keys[r], owners[r], identities, begin, record_bytes):
             fates[r] = max(fates[r], FOREIGN)
         else:
-            copy_bytes(out + targets[i], entry + IDENTITY_BYTES, min(part_bytes, record_bytes - done))
+            copy_bytes(out + targets[i], entry + IDENTITY_BYTES, lengths[i])

@@ -2,7 +2,8 @@
 
 A *job* is the runs of one request. Worker threads claim one run at a time: of jobs that
 somebody waits for first, of hints only when there is none, and in turn between the jobs of one kind,
-so a large job does not hold up a small one.
+so a large job does not hold up a small one. A *stream* is a job whose reader takes runs while later ones
+are still read: only runs below its limit are claimed, and its reader raises that as slots become free.
 
     header    word 0  epoch    counts submissions; idle workers sleep on it
               word 1  stopping
@@ -14,10 +15,12 @@ so a large job does not hold up a small one.
               word 5  address of page_counts
               word 6  address of slots
               word 7  address of the buffer
-              word 8  done     runs that have ended
+              word 8  done     runs that have ended; the reader of a stream sleeps on it
               word 9  errno of the first failure, 0
               word 10 its page
               word 11 ended    1 once all runs have; waiters sleep on it
+              word 12 limit    how many runs may be claimed, from the first on
+              word 13 address of fates, uint32 [runs]: UNREAD, LANDED or FAILED; 0 where nobody asks
 
 A claim is one compare-and-swap of `next`. It succeeds only if the generation is the one the worker
 read the job's other words under, so a place that was given to another job in between cannot be
@@ -33,6 +36,7 @@ from engram_client.arena.atomics import (
     load_acquire,
     load_word,
     store_release,
+    store_release_int,
     store_word,
 )
 from engram_client.jit import inline_kernel, kernel
@@ -40,9 +44,13 @@ from tierstore.kernels.futex import EVERYBODY, sleep_while, wake
 
 HEADER_WORDS, JOB_WORDS = 16, 16
 EPOCH, STOPPING = 0, 8
-NEXT, HINT, FD, RUNS, FIRST_PAGES, PAGE_COUNTS, SLOTS, BUFFER, DONE, ERRNO, PAGE, ENDED = range(0, 96, 8)
+NEXT, HINT, FD, RUNS, FIRST_PAGES, PAGE_COUNTS, SLOTS, BUFFER, DONE, ERRNO, PAGE, ENDED, LIMIT, FATES = range(
+    0, 112, 8
+)
 GENERATION_SHIFT, RUN_MASK = 32, 0xFFFFFFFF
 RUNS_MAX = 2**31
+UNREAD, LANDED, FAILED = range(3)
+WAKE_EVERY = 128  # runs of a stream that have ended
 
 
 @inline_kernel
@@ -59,7 +67,7 @@ def claim_of_kind(table, places, start, hint):
         while True:
             word = load_acquire(job + NEXT)
             run = word & RUN_MASK
-            if run >= load_word(job + RUNS) or load_word(job + HINT) != hint:
+            if run >= load_word(job + LIMIT) or load_word(job + HINT) != hint:
                 break
             if compare_and_swap(job + NEXT, word, word + 1):
                 return place, run
@@ -77,11 +85,29 @@ def claim_run(table, places, start):
 
 @inline_kernel
 def end_runs(job, count):
-    """`count` claimed runs of a job have ended; the last one wakes whoever waits."""
-    runs = load_word(job + RUNS)  # before the count: after it the place may be another job's
-    if fetch_add(job + DONE, count) + count == runs:
+    """`count` claimed runs of a job have ended; the last one wakes whoever waits.
+
+    A stream's reader is woken now and then, and when nothing is left to claim below its limit.
+    """
+    # Before the count: after it the place may be another job's. A wrong limit wakes somebody for nothing.
+    runs, is_stream = load_word(job + RUNS), load_word(job + FATES) != 0
+    done = fetch_add(job + DONE, count) + count
+    if done == runs:
+        if is_stream:
+            wake(job + DONE, EVERYBODY)
         store_release(job + ENDED, 1)
         wake(job + ENDED, EVERYBODY)
+    elif is_stream and (done % WAKE_EVERY == 0 or done >= load_acquire(job + LIMIT)):
+        wake(job + DONE, EVERYBODY)
+
+
+@inline_kernel
+def end_run(job, run, fate):
+    """A claimed run has ended."""
+    fates = load_word(job + FATES)
+    if fates:
+        store_release_int(fates + 4 * run, fate)
+    end_runs(job, 1)
 
 
 @inline_kernel
@@ -92,7 +118,7 @@ def note_failure(job, errno, page):
 
 
 @kernel
-def open_job(table, place, hint, fd, runs, first_pages, page_counts, slots, buffer, workers):
+def open_job(table, place, hint, fd, runs, first_pages, page_counts, slots, buffer, limit, fates, workers):
     """Fill a free place, let its runs be claimed, and wake up to `workers` idle workers."""
     job = job_at(table, place)
     generation = (load_word(job + NEXT) >> GENERATION_SHIFT) + 1
@@ -107,9 +133,22 @@ def open_job(table, place, hint, fd, runs, first_pages, page_counts, slots, buff
     store_word(job + DONE, 0)
     store_word(job + ERRNO, 0)
     store_word(job + ENDED, 0)
+    store_word(job + LIMIT, limit)
+    store_word(job + FATES, fates)
     store_release(job + NEXT, generation << GENERATION_SHIFT)
     fetch_add(table + EPOCH, 1)
-    wake(table + EPOCH, min(runs, workers))
+    wake(table + EPOCH, min(limit, workers))
+
+
+@inline_kernel
+def raise_limit(table, job, limit, workers):
+    """Let more runs of a stream be claimed; workers are woken if they may have run out of them."""
+    before = load_word(job + LIMIT)
+    if limit > before:
+        store_release(job + LIMIT, limit)
+        fetch_add(table + EPOCH, 1)
+        if (load_acquire(job + NEXT) & RUN_MASK) + workers >= before:
+            wake(table + EPOCH, min(limit - before, workers))
 
 
 @kernel

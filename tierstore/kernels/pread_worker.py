@@ -10,13 +10,15 @@ from tierstore.kernels.futex import NANOSECONDS, sleep_while
 from tierstore.kernels.jobs import (
     BUFFER,
     EPOCH,
+    FAILED,
     FD,
     FIRST_PAGES,
+    LANDED,
     PAGE_COUNTS,
     SLOTS,
     STOPPING,
     claim_run,
-    end_runs,
+    end_run,
     job_at,
     note_failure,
 )
@@ -28,7 +30,7 @@ IDLE_NS = 60 * NANOSECONDS
 
 @inline_kernel
 def read_run(job, run):
-    """Read one run whole; a file that ends too early counts as EIO."""
+    """Read one run whole; its fate. A file that ends too early counts as EIO."""
     fd = load_word(job + FD)
     first = load_word(load_word(job + FIRST_PAGES) + 8 * run)
     wanted = load_word(load_word(job + PAGE_COUNTS) + 8 * run) * PAGE_BYTES
@@ -40,7 +42,8 @@ def read_run(job, run):
             done += got
         elif got != -EINTR:
             note_failure(job, -got if got < 0 else EIO, first + done // PAGE_BYTES)
-            return
+            return FAILED
+    return LANDED
 
 
 @kernel
@@ -53,8 +56,7 @@ def read_until_stopped(table, places, start):
         place, run = claim_run(table, places, start)
         if place >= 0:
             job = job_at(table, place)
-            read_run(job, run)
-            end_runs(job, 1)
+            end_run(job, run, read_run(job, run))
             start = place + 1
         elif load_acquire(table + STOPPING):
             return

@@ -1,17 +1,18 @@
 """Which record of a set goes: two queues by arrival, a few counted reads, and a memory of the dead.
 
 Text asks for most of its n-grams once or twice within a few thousand tokens and never again, and for
-some again and again. So a newcomer is on trial in a *small* queue of three of a set's 16 ways. If it
-was read there by the time it is the oldest, it moves to the *main* queue, else it goes. The main
-queue gives the oldest one more round for each read that was counted, up to five. The set remembers
-fingerprints of the last 16 records it let go, as many as it holds; one that comes back among them
-was thrown out too early and goes straight to the main queue. This is S3-FIFO (Yang et al., SOSP
-2023) done within a set, with more room on trial, a move at the first read and a memory of both
-queues. docs/decisions/0006-replacement.md holds it against others.
+some again and again. So a newcomer is on trial in a *small* queue of a few of a set's 16 ways. If it
+was read there often enough by the time it is the oldest, it moves to the *main* queue, else it goes.
+The main queue gives the oldest one more round for each read that was counted, up to four. The set
+remembers fingerprints of the last 16 records it let go, as many as it holds; one that comes back
+among them was thrown out too early and goes straight to the main queue. This is S3-FIFO (Yang et
+al., SOSP 2023) done within a set, with more room on trial and a memory of both queues. How many
+ways are on trial and how many reads pass it is the set's stance, which `dueling` finds.
+docs/decisions/0006-replacement.md and 0014-*.md hold all of it against others.
 
 Both queues lie in the 16 state bytes, as `engram_client.arena.layout` draws them: the place in the
 order of arrival, over both queues, makes the oldest of each easy to find, and a record moves to the
-newest place by one pass over the states. A record on trial needs only one bit of reads, since its
+newest place by one pass over the states. A record on trial needs only two reads, since its
 move begins the count anew, so queue and reads share three bits. A fingerprint is 12 bits of the
 tag: 8 would take every sixteenth newcomer for an old acquaintance.
 
@@ -36,15 +37,14 @@ from engram_client.arena.layout import (
     QUEUE_MASK,
     SEQUENCE_AT,
     SMALL,
-    SMALL_READ,
     STATES_AT,
     TAGS_AT,
     WANTED,
     WAYS,
 )
 from engram_client.jit import inline_kernel
+from tierstore.kernels.dueling import PASSING_READS, TRIAL_WAYS
 
-TRIAL_WAYS = 3  # the small queue gives up its oldest while it has at least as many
 STEPS_MAX = WAYS * (MAIN_READ - MAIN + 2)  # more than this only readers that count meanwhile could cause
 PATIENCE = 32  # admissions to a set between two hints that it gives up
 
@@ -84,8 +84,8 @@ def give_up_oldest_hint(line):
 
 
 @inline_kernel
-def oldest_to_judge(line):
-    """The oldest of the queue that must give: the small one where it is full or all there is.
+def oldest_to_judge(line, trial_ways):
+    """The oldest of the queue that must give: the small one where it has its ways or is all there is.
 
     Wanted records are in neither; -1 where there are no others.
     """
@@ -104,26 +104,27 @@ def oldest_to_judge(line):
             small_count += 1
             if place < small_place:
                 small, small_place = way, place
-    return small if small_count >= TRIAL_WAYS or main < 0 else main
+    return small if small_count >= trial_ways or main < 0 else main
 
 
 @inline_kernel
-def choose_way(line):
+def choose_way(line, stance):
     """An empty way, else the one whose record goes."""
     for way in range(WAYS):
         if load_half(line + TAGS_AT + 2 * way) == 0:
             return way
     if load_word(line + SEQUENCE_AT) // 2 % PATIENCE == 0:
         give_up_oldest_hint(line)
-    way = oldest_to_judge(line)
+    trial_ways, passing = TRIAL_WAYS[stance], SMALL + PASSING_READS[stance]
+    way = oldest_to_judge(line, trial_ways)
     for _ in range(STEPS_MAX):
         if way < 0:
             return newest_way(line)
         queue = load_byte(line + STATES_AT + way) & QUEUE_MASK
-        if queue in (SMALL, MAIN):
+        if queue < passing or queue == MAIN:
             break
-        make_newest(line, way, MAIN if queue == SMALL_READ else queue - 1)
-        way = oldest_to_judge(line)
+        make_newest(line, way, MAIN if queue < MAIN else queue - 1)
+        way = oldest_to_judge(line, trial_ways)
     return way
 
 

@@ -1,4 +1,4 @@
-"""From keys to row ids, and from pages to rows."""
+"""From keys to row ids, and parts of records to where they are wanted."""
 
 from __future__ import annotations
 
@@ -17,24 +17,6 @@ def derive_row_ids(keys, orders, head_sizes, head_offsets, row_ids):
         order = orders[i]
         for h in range(head_sizes.shape[1]):
             row_ids[i, h] = keys[i] % head_sizes[order, h] + head_offsets[order, h]
-
-
-@kernel
-def scatter_rows(buffer, page_slots, page_offsets, row_bytes, targets, out):
-    """Copy rows out of pages.
-
-    Row i lies at buffer + page_slots[i] * 4096 + page_offsets[i] and goes to out + targets[i];
-    `buffer` and `out` are addresses, the arrays int64 [n].
-    """
-    for i in range(page_slots.size):
-        copy_bytes(out + targets[i], buffer + page_slots[i] * 4096 + page_offsets[i], row_bytes)
-
-
-@kernel
-def scatter_pieces(buffer, page_slots, lengths, targets, out):
-    """Copy the pieces of rows larger than a page; piece i is lengths[i] bytes at a page's start."""
-    for i in range(page_slots.size):
-        copy_bytes(out + targets[i], buffer + page_slots[i] * 4096, lengths[i])
 
 
 @kernel

@@ -76,11 +76,13 @@ def copy_sets_out(index, slots, sets, slot_bytes, first, target, entries_max):
 
 
 @kernel
-def admit_entries(index, slots, ghosts, sets, slot_bytes, record_bytes, source, entries, owners, counts):
+def admit_entries(
+    index, slots, ghosts, sets, slot_bytes, duel, record_bytes, source, entries, owners, counts
+):
     """Write entries back into an arena; the caller holds its lock.
 
     `owners` int64 [n, 2]: owners as they were written, ascending, and as they are now. Entries of
-    other owners are left out. Adds to `counts` as `admit_records` does.
+    other owners are left out. Adds to `counts` as `admit_records` does; `duel` learns nothing.
     """
     for i in range(entries):
         entry = source + i * slot_bytes
@@ -88,7 +90,7 @@ def admit_entries(index, slots, ghosts, sets, slot_bytes, record_bytes, source, 
         for j in range(len(owners)):
             if owners[j, 0] == word & OWNER_MASK:
                 admit_record(
-                    index, slots, ghosts, sets, slot_bytes, record_bytes, load_word(entry + KEY_AT),
+                    index, slots, ghosts, sets, slot_bytes, duel, record_bytes, load_word(entry + KEY_AT),
                     owners[j, 1], entry + RECORD_AT, MAIN if word >> MARK_SHIFT & 1 else SMALL, counts, 0,
                 )  # fmt: skip
                 break

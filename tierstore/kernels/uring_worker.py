@@ -28,13 +28,15 @@ from tierstore.kernels.futex import sleep_while
 from tierstore.kernels.jobs import (
     BUFFER,
     EPOCH,
+    FAILED,
     FD,
     FIRST_PAGES,
+    LANDED,
     PAGE_COUNTS,
     SLOTS,
     STOPPING,
     claim_run,
-    end_runs,
+    end_run,
     job_at,
     note_failure,
 )
@@ -47,7 +49,6 @@ IO_URING_ENTER, GET_EVENTS = 426, 1
 OP_READ = 22
 SQE_BYTES, CQE_BYTES = 64, 16
 EBUSY = 16
-FULL_BATCH = 4  # completions to wait for at once while the queue is deep
 
 
 @inline_kernel
@@ -84,10 +85,12 @@ def complete(table, ring, ops, op, result):
     if result in (-EINTR, -EAGAIN) or (result > 0 and ops[op, 2] < run_bytes(job, run)):
         push_read(ring, op, job, run, ops[op, 2])
         return False
+    fate = LANDED
     if result <= 0:
+        fate = FAILED
         first = load_word(load_word(job + FIRST_PAGES) + 8 * run)
         note_failure(job, -result if result < 0 else EIO, first + ops[op, 2] // PAGE_BYTES)
-    end_runs(job, 1)
+    end_run(job, run, fate)
     return True
 
 
@@ -98,7 +101,7 @@ def give_up(table, ops, free, free_count, errno):
         if not (free[:free_count] == op).any():
             job = job_at(table, ops[op, 0])
             note_failure(job, errno, load_word(load_word(job + FIRST_PAGES) + 8 * ops[op, 1]))
-            end_runs(job, 1)
+            end_run(job, ops[op, 1], FAILED)
 
 
 @kernel
@@ -126,8 +129,7 @@ def drive_ring_until_stopped(table, places, ring, depth):
                 return 0
             sleep_while(table + EPOCH, epoch, IDLE_NS, scratch.ctypes.data)
             continue
-        wanted = min(busy, FULL_BATCH) if busy > 4 * FULL_BATCH else 1
-        sent = system_call(IO_URING_ENTER, ring[RING_FD], unsent, wanted, GET_EVENTS, 0, 0)
+        sent = system_call(IO_URING_ENTER, ring[RING_FD], unsent, 1, GET_EVENTS, 0, 0)
         if sent >= 0:
             unsent -= sent
         elif sent not in (-EINTR, -EAGAIN, -EBUSY):

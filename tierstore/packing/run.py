@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,10 +19,10 @@ from tierstore.format.sources import open_checkpoint
 from tierstore.format.writer import SYNC_BYTES, RowFileJob, finish, write_rows
 from tierstore.packing.claim import claim
 from tierstore.packing.consume import Consumer, check_consumable
+from tierstore.packing.names import check_name
 from tierstore.packing.plan import PackOptions, PackPlan, plan_folder
 from tierstore.packing.space import check_space
 
-TABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 RECORDS_PAY_HEAD_ROWS = 4_000_000
 
 
@@ -103,7 +102,7 @@ def _new_plan(origin: Path, folder: Path, options: PackOptions) -> PackPlan:
     """A plan that nothing but the disk can refuse. Raises BadRequest, FormatError."""
     plan = PackPlan.make(origin, options, _sources(origin, options))
     for table in plan.tables:
-        _check_name(table.source.name)
+        check_name(table.source.name)
         RowFileJob.plan(table.source, table.spec, folder)
     return plan
 
@@ -122,14 +121,6 @@ def _sources(origin: Path, options: PackOptions) -> list[TableSource]:
             )
         sources = [replace(sources[0], name=options.name)]
     return sources
-
-
-def _check_name(name: str) -> None:
-    if not TABLE_NAME.fullmatch(name):
-        raise BadRequest(
-            f"table name {name!r} cannot be a file name: use letters, digits, '.', '_' and '-', "
-            "at most 128 of them, a letter or digit first"
-        )
 
 
 def _resumed_plan(packing: Path, origin: Path, options: PackOptions, notify: Notify) -> PackPlan | None:

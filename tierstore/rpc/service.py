@@ -27,6 +27,7 @@ from engram_client.wire.convert import request_from_message, spec_to_message
 from engram_client.wire.framing import new_message
 from tierstore.rpc.status import ERROR_KEY, status_of
 from tierstore.store import Store
+from tierstore.store.table import Access
 
 log = logging.getLogger(__name__)
 MESSAGE_CHARACTERS_MAX = 1000  # of an error; gRPC allows 8 KiB of metadata, and percent-encodes some
@@ -90,12 +91,13 @@ class MemoryService:
     async def lookup(self, message: pb.LookupRequest, context: Any) -> bytes:
         deadline = Deadline.after(context.time_remaining())
         request = self._parse(message)
-        wanted_bytes = self._reply_bytes(request)
+        access = self._store.access(request)
+        wanted_bytes = self._reply_bytes(request, access)
         self._enter()
         reading = None
         try:
             reply, rows = new_message(wanted_bytes)
-            access, misses = self._store.lookup_hits(request, rows)
+            misses = self._store.lookup_hits(request, access, rows)
             if misses.size:
                 read = partial(self._store.lookup_misses, request, access, misses, rows, deadline)
                 reading = asyncio.get_running_loop().run_in_executor(self._threads, read)
@@ -116,9 +118,8 @@ class MemoryService:
         self._store.check_size(request)
         return request
 
-    def _reply_bytes(self, request: LookupRequest) -> int:
+    def _reply_bytes(self, request: LookupRequest, access: Access) -> int:
         """How large the reply will be; refused here, before memory is taken for it."""
-        access = self._store.table(request.table).access(request)
         wanted = request.ids.size * access.part[1]
         if wanted > self._limits.request_reply_bytes_max:
             raise BatchTooLarge(

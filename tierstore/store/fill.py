@@ -14,10 +14,13 @@ from tierstore.store.in_flight import Claim, InFlight, wait_for
 from tierstore.store.table import Access
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.dram import Arena
-from tierstore.tiers.extent import ExtentTier
+from tierstore.tiers.extent import Extent, ExtentTier
 from tierstore.tiers.nvme import NvmeTier
 from tierstore.tiers.staging import Staging, StagingPool
 from tierstore.tiers.windows import Sweep
+
+# Planned at once: a plan takes memory, and these keep a disk busy for about a second.
+UNCACHED_ROWS_MAX = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,45 @@ class Filler:
         deadline: Deadline,
     ) -> None:
         """Serve the entries `ids[misses]`; with `out` None the records only go to DRAM."""
+        if arena is None and out is not None and self._extent(access) is None:
+            self._read_uncached(access, ids, misses, out, deadline)
+            return
         records_max = self._staging.record_bytes // access.entry_bytes
         while misses.size:
             wanted = distinct_records(access, ids, misses)
             parts = wanted.parts(records_max)
             left = [self._fill_part(access, arena, part, ids, out, deadline) for part in parts]
             misses = np.concatenate(left)
+
+    def _read_uncached(
+        self, access: Access, ids: np.ndarray, misses: np.ndarray, out: int, deadline: Deadline
+    ) -> None:
+        """Read what nobody keeps straight to where it is wanted, and of a record only the heads asked for."""
+        row_bytes = access.table.spec.row_bytes
+        part_at, part_bytes = access.part
+        heads = slice(part_at // row_bytes, (part_at + part_bytes) // row_bytes)
+        inside = np.arange(0, part_bytes, row_bytes)
+        entries_max = max(1, UNCACHED_ROWS_MAX // inside.size)
+        for start in range(0, misses.size, entries_max):
+            positions = misses[start : start + entries_max]
+            rows = access.row_ids(ids[positions], access.owners(positions))[:, heads].ravel()
+            targets = (positions[:, None] * part_bytes + inside).ravel()
+            with self._staging.take(deadline) as staging:
+                self._nvme.read_rows(
+                    access.table.row_file,
+                    access.table.file,
+                    rows,
+                    targets,
+                    out,
+                    staging,
+                    deadline,
+                    hint=False,
+                )
+            self._counters.add(records_read=positions.size)
+
+    def _extent(self, access: Access) -> Extent | None:
+        """Where the entries of a request are kept whole, if they are."""
+        return self._extents.extent(access.entry_bytes) if access.in_extent else None
 
     def _fill_part(
         self,
@@ -120,7 +156,9 @@ class Filler:
         entries, owners = wanted.entries[mine], wanted.owners[mine]
         if not entries.size:
             return
-        self._bring(access, entries, owners, staging, deadline, hint=out is None)
+        pages = self._bring(access, entries, owners, staging, deadline, hint=out is None)
+        if arena is not None:
+            arena.note_pages(pages)
         records = staging.records.ctypes.data
         if out is not None:
             place_of = np.cumsum(mine) - 1
@@ -138,10 +176,13 @@ class Filler:
         deadline: Deadline,
         *,
         hint: bool,
-    ) -> None:
-        """Put records together in the staging buffer: whole from the extent, or from their rows."""
+    ) -> int:
+        """Put records together in the staging buffer: whole from the extent, or from their rows.
 
-        def read_rows(which: np.ndarray, beside: tuple[Sweep, ...] = ()) -> None:
+        Returns how many pages that takes, where no two rows share one.
+        """
+
+        def read_rows(which: np.ndarray, beside: tuple[Sweep, ...] = ()) -> int:
             row_ids = access.row_ids(entries[which], owners[which])
             inside = np.arange(row_ids.shape[1]) * table.spec.row_bytes
             targets = which[:, None] * access.entry_bytes + inside
@@ -150,17 +191,16 @@ class Filler:
                 hint=hint, beside=beside,
             )  # fmt: skip
             self._counters.add(records_read=which.size)
+            return row_ids.size
 
         table, records = access.table, staging.records.ctypes.data
-        extent = self._extents.extent(access.entry_bytes) if access.in_extent else None
+        extent = self._extent(access)
         if extent is None:
-            read_rows(np.arange(entries.size))
-            return
+            return read_rows(np.arange(entries.size))
         found = extent.read(entries, owners, records, staging, deadline, hint=hint)
-        read_rows(found.missing, (found,))
+        pages = entries.size - found.missing.size + read_rows(found.missing, (found,))
         failed = found.settle()
-        if failed.size:
-            read_rows(failed)
+        return pages + (read_rows(failed) if failed.size else 0)
 
     def _keep(
         self,

@@ -40,7 +40,7 @@ class HitPath:
         self._heads = scheme.orders * scheme.heads
         self._row_bytes = table.spec.row_bytes
         self._entries_max = keys_max // scheme.orders
-        self._aimed: tuple[Region | None, np.ndarray] = (None, np.empty(0, np.int64))
+        self._aimed: tuple[tuple[int, ...], np.ndarray] = ((), np.empty(0, np.int64))
 
     def __call__(self, keys: np.ndarray, out: np.ndarray | None = None) -> np.ndarray | None:
         if keys.ndim != 2:
@@ -62,22 +62,20 @@ class HitPath:
             return None
         if not keys.flags.carray:  # the kernel is compiled for one kind of array
             keys = keys.copy()
-        region, places = self._aimed  # kept here while they are read by address
-        if region is None or region is not self._arena.settled_region():
-            region, places = self._aim()
-            if region is None:
-                return None
+        region = self._arena.settled_region()  # kept here while it is read by address
+        if region is None:
+            return None
+        aim, places = self._aimed
+        if aim is not region.places:
+            places = self._aim_at(region)
         return rows if read_all_or_nothing(places, keys, rows) else None
 
-    def _aim(self) -> tuple[Region | None, np.ndarray]:
-        """Where the records are now; no region while they move."""
-        region = self._arena.settled_region()
-        if region is None:
-            return None, self._aimed[1]
+    def _aim_at(self, region: Region) -> np.ndarray:
+        """The kernel's places in this region. Only they are kept: a region that was left shall be freed."""
         totals = int(self._totals.ctypes.data)
         places = np.array([*region.places, self._owner, self._record_bytes, totals], np.int64)
-        self._aimed = (region, places)
-        return self._aimed
+        self._aimed = (region.places, places)
+        return places
 
     def _reshaped(self, keys: np.ndarray, out: np.ndarray | None) -> np.ndarray | None:
         """The same for keys of any other shape."""

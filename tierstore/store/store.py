@@ -25,6 +25,7 @@ from tierstore.catalog import Catalog
 from tierstore.config import Config, Dram, check_config, memory_limit
 from tierstore.devices.base import PageReader
 from tierstore.devices.opening import open_reader
+from tierstore.store.balance import Balance, known_weights
 from tierstore.store.fill import Filler, read_scattered
 from tierstore.store.gate import Gate
 from tierstore.store.hints import HintQueue
@@ -77,7 +78,8 @@ class Store:
         sizes: Counter[int] = Counter()
         for table in self._tables.values():
             sizes[table.spec.record_bytes] += table.spec.rows * table.spec.row_bytes
-        self._dram = DramTier(config.dram.budget_bytes, sizes, self.counters)
+        shares = self.directory / "warm" / "shares.json"
+        self._dram = DramTier(config.dram.budget_bytes, known_weights(shares, sizes), self.counters)
         staging = StagingPool(config.nvme.staging_bytes, max(sizes, default=0))
         self._reader = make_reader(config)  # what may raise comes before: a reader has threads
         nvme = NvmeTier(
@@ -91,6 +93,7 @@ class Store:
         self._warmth = Warmth(
             self.directory / "warm", self._dram.arenas(), self._owners(), self.counters, config.dram
         )
+        self._balance = Balance(self._dram, shares, config.dram.balance_period_s)
         self._hints = HintQueue(config.prefetch.workers, config.limits.prefetch_queue_max, self._serve_hint)
 
     def _open_extents(self) -> ExtentTier:
@@ -135,7 +138,7 @@ class Store:
             except StorageError as error:
                 log.error("table %r is damaged: %s", spec.name, error)
         self._extents.warm_up()
-        self.counters.reset()
+        self.counters.forget_lookups()
 
     def arenas(self) -> dict[int, Arena]:
         """What DRAM holds, by the bytes of its records."""
@@ -164,7 +167,8 @@ class Store:
         UnknownTable, GenerationMismatch, StorageError, DataCorrupt, DeadlineExceeded.
         """
         deadline = Deadline.after(timeout_s)
-        access, misses = self.lookup_hits(request, out)
+        access = self.access(request)
+        misses = self.lookup_hits(request, access, out)
         if misses.size:
             self.lookup_misses(request, access, misses, out, deadline)
 
@@ -178,10 +182,13 @@ class Store:
         keys_max = self.config.limits.lookup_bytes_max // spec.record_bytes
         return HitPath(self._gate, table, arena, self.counters, keys_max)
 
-    def lookup_hits(self, request: LookupRequest, out: np.ndarray) -> tuple[Access, np.ndarray]:
-        """The part of `lookup` that never waits: fill what DRAM holds, return what is missing."""
+    def access(self, request: LookupRequest) -> Access:
+        """How a request's entries are found; all of it is checked but its ids."""
         self._gate.check()
-        access = self.table(request.table).access(request)
+        return self.table(request.table).access(request)
+
+    def lookup_hits(self, request: LookupRequest, access: Access, out: np.ndarray) -> np.ndarray:
+        """The part of `lookup` that never waits: fill what DRAM holds, return what is missing."""
         self._check_out(request, access, out)
         ids = request.ids.reshape(-1)
         if arena := self._arena(access):
@@ -195,7 +202,7 @@ class Store:
             out.reshape(ids.size, access.part[1])[ids < 0] = 0
         hits = ids.size - masked - misses.size
         self.counters.add(lookups=1, keys=ids.size, masked=masked, dram_hits=hits, dram_misses=misses.size)
-        return access, misses
+        return misses
 
     def lookup_misses(
         self, request: LookupRequest, access: Access, misses: np.ndarray, out: np.ndarray, deadline: Deadline
@@ -318,6 +325,7 @@ class Store:
         """Finish what runs and let go of the directory; idempotent."""
         self._hints.close()
         if self._gate.close():
+            self._balance.close()
             self._warmth.close()
             self._reader.close()
             self._extents.close()

@@ -15,7 +15,7 @@ from engram_client.transport.base import LookupRequest
 from tierstore.devices.files import OpenFile
 from tierstore.format.rowfile import RowFile
 from tierstore.kernels.rows import derive_row_ids
-from tierstore.tiers.extent_layout import ExtentGeometry
+from tierstore.tiers.extent_group import group_for
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class ServedTable:
         """Whether a record's rows lie on more pages than the record would, kept whole."""
         spec = self.spec
         row_pages = spec.record_rows * self.row_file.geometry.pages_per_row
-        return row_pages > ExtentGeometry(spec.record_bytes, 0).parts
+        return row_pages > group_for(spec.record_bytes).pages_per_record
 
     def access(self, request: LookupRequest) -> Access:
         """Check all of the request but its ids. Raises BadRequest, GenerationMismatch."""

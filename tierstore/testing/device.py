@@ -25,6 +25,7 @@ import numpy as np
 
 from engram_client.deadline import Deadline
 from tierstore.devices.base import PageRead, PageReader, PageReadFailed
+from tierstore.kernels import jobs
 
 PAGE_BYTES = 4096
 FOREVER = 1 << 62  # times
@@ -114,6 +115,26 @@ class SimulatedDevice:
         runs = list(zip(first_pages.tolist(), page_counts.tolist(), slots.tolist(), strict=True))
         return SimulatedRead(self, runs, buffer, start_inner)
 
+    def stream(
+        self,
+        fd: int,
+        first_pages: np.ndarray,
+        page_counts: np.ndarray,
+        slots: np.ndarray,
+        buffer: int,
+        *,
+        hint: bool,
+        limit: int,
+        fates: np.ndarray,
+    ) -> SimulatedStream:
+        """As `PageReader.stream`; the runs below the limit are one call to the device."""
+
+        def start(runs: slice) -> SimulatedRead:
+            part = (first_pages[runs], page_counts[runs], slots[runs])
+            return self.start(fd, *part, buffer, hint=hint)
+
+        return SimulatedStream(self, start, limit, fates)
+
     def close(self) -> None:
         self._inner.close()
 
@@ -183,6 +204,10 @@ class SimulatedRead:
 
     def wait(self, deadline: Deadline) -> None:
         self._device.let_pass(deadline)
+        self.read(deadline)
+
+    def read(self, deadline: Deadline) -> None:
+        """What `wait` does once the device has let it pass."""
         pages = [(first + i, slot + i) for first, count, slot in self._runs for i in range(count)]
         fates = [self._device.fate_of(page) for page, _ in pages]
         for (page, _), fate in zip(pages, fates, strict=True):
@@ -200,3 +225,50 @@ class SimulatedRead:
 
     def ended(self) -> bool:
         return self._inner is None or self._inner.ended()
+
+
+class SimulatedStream:
+    """See `PageStream`. A job without workers: its runs are read one after another, inside `advance`."""
+
+    def __init__(
+        self,
+        device: SimulatedDevice,
+        start: Callable[[slice], SimulatedRead],
+        limit: int,
+        fates: np.ndarray,
+    ) -> None:
+        self._device = device
+        self._start = start
+        self._fates = fates
+        self._done = 0
+        self._read: SimulatedRead | None = None
+        self._table = np.zeros(jobs.HEADER_WORDS + jobs.JOB_WORDS, np.int64)
+        self._limit = self._table[jobs.HEADER_WORDS + jobs.LIMIT // 8 :][:1]
+        self._limit[0] = limit
+        address = int(self._table.ctypes.data)
+        self.words = (address, address + 8 * jobs.HEADER_WORDS, 0)
+
+    def advance(self, deadline: Deadline) -> float:
+        limit = int(self._limit[0])
+        if self._done < limit:
+            self._device.let_pass(deadline)
+        for run in range(self._done, limit):
+            self._read = self._start(slice(run, run + 1))
+            try:
+                self._read.read(deadline)
+                self._fates[run] = jobs.LANDED
+            except PageReadFailed:
+                self._fates[run] = jobs.FAILED
+            self._done = run + 1
+        return 0.0
+
+    def wait(self, deadline: Deadline) -> None:
+        while self._done < int(self._limit[0]):
+            self.advance(deadline)
+
+    def withdraw(self) -> None:
+        if self._read:
+            self._read.withdraw()
+
+    def ended(self) -> bool:
+        return self._read is None or self._read.ended()

@@ -19,8 +19,9 @@ import pytest
 
 from engram_client.deadline import Deadline
 from engram_client.errors import Unavailable
-from tierstore.devices.base import PageRead, PageReader, PageReadFailed
+from tierstore.devices.base import PageRead, PageReader, PageReadFailed, PageStream
 from tierstore.format.direct import aligned_bytes
+from tierstore.kernels import jobs
 
 PAGES = 512
 PAGE_WORDS = 512
@@ -134,6 +135,61 @@ class PageReaderSuite:
         expect_runs(buffer, np.arange(64), np.ones(64, int), np.arange(64))
         with pytest.raises(Unavailable):
             start(reader, fd, [0], [1], [0], buffer).wait(Deadline.after(SOON))
+
+    def test_a_stream_reads_through_fewer_slots_than_it_has_runs(self, reader: PageReader, fd: int) -> None:
+        ring, fates, buffer = 8, np.zeros(PAGES, np.uint32), pages_buffer(8)
+        pages = np.random.default_rng(3).permutation(PAGES)
+        stream = start_stream(reader, fd, pages, np.arange(PAGES) % ring, buffer, ring, fates)
+        table, job, workers = stream.words
+        for run, page in enumerate(pages):
+            landed(stream, fates, run)
+            assert (buffer[run % ring] == page).all(), f"run {run}"
+            assert not fates[run + ring :].any(), "a run beyond the limit was read"
+            jobs.raise_limit(table, job, min(run + 1 + ring, PAGES), workers)
+        stream.wait(Deadline.after(SOON))
+        assert stream.ended()
+
+    def test_a_run_of_a_stream_fails_alone(self, reader: PageReader, fd: int) -> None:
+        fates, buffer = np.zeros(4, np.uint32), pages_buffer(4)
+        stream = start_stream(reader, fd, [5, PAGES, 6, 7], np.arange(4), buffer, 4, fates)
+        for run in range(4):
+            landed(stream, fates, run)
+        assert fates.tolist() == [jobs.LANDED, jobs.FAILED, jobs.LANDED, jobs.LANDED]
+        assert buffer[[0, 2, 3], 0].tolist() == [5, 6, 7]
+
+    def test_a_withdrawn_stream_ends(self, reader: PageReader, fd: int) -> None:
+        fates, buffer = np.zeros(PAGES, np.uint32), pages_buffer(8)
+        stream = start_stream(reader, fd, np.arange(PAGES), np.arange(PAGES) % 8, buffer, 8, fates)
+        landed(stream, fates, 0)
+        stream.withdraw()
+        deadline = Deadline.after(SOON)
+        while not stream.ended():
+            deadline.check("waiting for a withdrawn stream to end")
+        assert not fates[8:].any()
+
+
+def start_stream(
+    reader: PageReader,
+    fd: int,
+    pages: object,
+    slots: object,
+    buffer: np.ndarray,
+    limit: int,
+    fates: np.ndarray,
+) -> PageStream:
+    first_pages, places = np.array(pages, np.int64), np.array(slots, np.int64)
+    ones = np.ones_like(first_pages)
+    return reader.stream(
+        fd, first_pages, ones, places, buffer.ctypes.data, hint=False, limit=limit, fates=fates
+    )
+
+
+def landed(stream: PageStream, fates: np.ndarray, run: int) -> None:
+    """Wait until a run has ended, one way or the other."""
+    deadline = Deadline.after(SOON)
+    while fates[run] == jobs.UNREAD:
+        stream.advance(deadline)
+        os.sched_yield()
 
 
 def start(

@@ -29,12 +29,15 @@ NAMES = (
     "records_restored",  # from the snapshot of an earlier run
     "snapshot_bytes_read",
     "records_moved",  # kept while the DRAM budget was changed
+    "dram_balanced",  # times that some of the budget went from one record size to another
     "extent_hits",  # records that came whole from the record extent
     "extent_misses",  # records that were looked for there and did not
     "extent_false",  # of these: another record lay there
     "extent_damaged",  # of these: a page failed its checksum
     "extent_read_errors",
+    "extent_unwritten",  # records found in the write buffer: no read
     "extent_pages",  # distinct pages wanted
+    "extent_reads",  # read operations
     "extent_written",  # records
     "extent_dropped",  # records not written: the buffer was full, or the allowance used up
     "extent_bytes_written",  # indices included
@@ -52,6 +55,8 @@ NAMES = (
     "failed_lookups",
 )
 
+OF_REFILL = ("records_restored", "records_evicted", "snapshot_bytes_read")
+
 
 class Counters:
     """Totals by name; `add` is one short lock, so it is called once a batch, never once a row."""
@@ -67,9 +72,10 @@ class Counters:
             for name, amount in amounts.items():
                 self._totals[name] += int(amount)
 
-    def reset(self) -> None:
+    def forget_lookups(self) -> None:
+        """Begin anew, but for what the refill of the cache has counted, which goes on meanwhile."""
         with self._lock:
-            self._totals = dict.fromkeys(NAMES, 0)
+            self._totals = {name: self._totals[name] if name in OF_REFILL else 0 for name in NAMES}
             self.hit_totals[:] = 0
 
     def snapshot(self) -> dict[str, int]:

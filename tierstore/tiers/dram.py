@@ -1,12 +1,13 @@
 """The DRAM tier: arenas of records inside one byte budget.
 
-Records of one size share one arena, whatever their table or order; the budget is split over the
-sizes in proportion to the bytes of the tables behind them. Reading takes no lock
+Records of one size share one arena, whatever their table or order; over the sizes the budget is
+split by what a byte of each is worth (shares.py). Reading takes no lock
 (engram_client/arena/layout.py says how); writing takes the arena's.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 
@@ -15,10 +16,23 @@ import numpy as np
 from engram_client.arena.layout import WAYS, ArenaGeometry
 from engram_client.arena.read import MASKED, read_again, read_records
 from engram_client.errors import ConfigError
-from tierstore.kernels.admit import ADMITTED, EVICTED, admit_records, exchange_records, move_sets
+from tierstore.kernels.admit import (
+    ADMITTED,
+    COUNTS,
+    EVICTED,
+    RETURNED,
+    admit_records,
+    exchange_records,
+    move_sets,
+)
+from tierstore.kernels.dueling import fit_duel, new_duel
 from tierstore.kernels.snapshot import admit_entries, copy_sets_out
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.region import Region
+from tierstore.tiers.shares import Tally, next_shares, share_budget, weights_of
+from tierstore.tiers.turn_lock import TurnLock
+
+log = logging.getLogger(__name__)
 
 MOVED_BYTES = 4 << 20  # under one hold of the lock while resizing: a millisecond or two
 
@@ -35,11 +49,13 @@ class Arena:
         self._counters = counters
         self._region = Region(ArenaGeometry.within(budget_bytes, record_bytes))
         self._old: Region | None = None
-        self._writing = threading.Lock()
+        self._duel = new_duel(self._region.geometry.sets)
+        self._writing = TurnLock()  # or a resize, which takes it again and again, would keep admissions out
         self._resizing = threading.Lock()
         self._collapsing = Collapsing()
         self._records = 0
         self.on_change: Callable[[], None] = lambda: None  # called when `regions` has changed
+        self._admitted = self._returned = self._pages = 0  # since the last tally
 
     @property
     def geometry(self) -> ArenaGeometry:
@@ -92,14 +108,15 @@ class Arena:
         places: np.ndarray,
         wanted_soon: bool,
     ) -> None:
-        counts = np.zeros(2, np.int64)
+        counts = np.zeros(COUNTS, np.int64)
         with self._writing:
             region = self._region
             record_bytes = region.geometry.record_bytes
-            kernel(
-                *region.writer_places, record_bytes, keys, owners, source, places, int(wanted_soon), counts
-            )
+            where = (*region.writer_places, self._duel, record_bytes)
+            kernel(*where, keys, owners, source, places, int(wanted_soon), counts)
             self._note(counts)
+            self._admitted += int(counts[ADMITTED])
+            self._returned += int(counts[RETURNED])
         self._counters.add(records_admitted=counts[ADMITTED], records_evicted=counts[EVICTED])
 
     def exchange(
@@ -111,6 +128,18 @@ class Arena:
         The key becomes -1 where nothing left.
         """
         self._admit(exchange_records, keys, owners, source, places, wanted_soon)
+
+    def note_pages(self, pages: int) -> None:
+        """So many pages were read for records that are then admitted."""
+        with self._writing:
+            self._pages += pages
+
+    def take_tally(self, budget_bytes: int) -> Tally:
+        """What the arena did since the last time; `budget_bytes` is what it may take."""
+        with self._writing:
+            tally = Tally(budget_bytes, self._returned, self._admitted, self._pages)
+            self._admitted = self._returned = self._pages = 0
+        return tally
 
     def _note(self, counts: np.ndarray) -> None:
         """Count records; an arena that is half full is worth gathering in huge pages."""
@@ -132,25 +161,25 @@ class Arena:
             with self._writing:
                 self._old, self._region = self._region, Region(geometry)
                 self._records = 0
+                fit_duel(self._duel, geometry.sets)
             self.on_change()
             self._move_records(self._old, self._region)
             old = self._old
             with self._writing:
                 self._old = None
-                self._note(np.zeros(2, np.int64))
+                self._note(np.zeros(COUNTS, np.int64))
             self.on_change()
             old.free()
 
     def _move_records(self, old: Region, new: Region) -> None:
-        counts = np.zeros(2, np.int64)
+        counts = np.zeros(COUNTS, np.int64)
         step = max(1, MOVED_BYTES // (WAYS * old.geometry.slot_bytes))
         for first in range(0, old.geometry.sets, step):
             last = min(first + step, old.geometry.sets)
             with self._writing:
-                source = (old.index, old.slots, old.geometry.slot_bytes, first, last)
-                target = (new.index, new.slots, new.ghosts, new.geometry.sets, new.geometry.record_bytes)
                 counts[:] = 0
-                move_sets(*source, *target, counts)
+                target = (*new.writer_places, self._duel, new.geometry.record_bytes)
+                move_sets(old.index, old.slots, first, last, *target, counts)
                 self._note(counts)
             self._counters.add(records_moved=counts[ADMITTED], records_evicted=counts[EVICTED])
             old.free_slots_of(first, last - first)
@@ -168,12 +197,11 @@ class Arena:
 
     def copy_in(self, source: int, entries: int, owners: np.ndarray) -> None:
         """Admit entries that `copy_out` made; `owners` int64 [n, 2] renames owners, others are left out."""
-        counts = np.zeros(2, np.int64)
+        counts = np.zeros(COUNTS, np.int64)
         with self._writing:
             region = self._region
-            admit_entries(
-                *region.writer_places, region.geometry.record_bytes, source, entries, owners, counts
-            )
+            where = (*region.writer_places, self._duel, region.geometry.record_bytes)
+            admit_entries(*where, source, entries, owners, counts)
             self._note(counts)
         self._counters.add(records_restored=counts[ADMITTED], records_evicted=counts[EVICTED])
 
@@ -223,15 +251,17 @@ class Collapsing:
 class DramTier:
     """One arena for each record size."""
 
-    def __init__(self, budget_bytes: int, table_bytes: dict[int, int], counters: Counters) -> None:
-        """`table_bytes`: for each record size in bytes, the bytes of all tables that have it.
+    def __init__(self, budget_bytes: int, weights: dict[int, int], counters: Counters) -> None:
+        """`weights`: for each record size in bytes its weight in sharing the budget.
 
         A budget of 0 caches nothing. Raises ConfigError where not every size gets one set.
         """
-        self._table_bytes = table_bytes
+        self._counters = counters
+        self._changing = threading.Lock()
+        self.weights = weights
         self.budget_bytes = budget_bytes
-        shares = share_budget(budget_bytes, table_bytes) if budget_bytes else {}
-        self._arenas = {r: Arena(share, r, counters) for r, share in shares.items()}
+        self._shares = share_budget(budget_bytes, weights) if budget_bytes else {}
+        self._arenas = {r: Arena(share, r, counters) for r, share in self._shares.items()}
 
     def arena(self, record_bytes: int) -> Arena | None:
         """Where records of this size are kept; None where nothing is."""
@@ -248,9 +278,33 @@ class DramTier:
                 f"$.dram.budget_bytes: cannot change from {self.budget_bytes} to {budget_bytes} while "
                 "serving; a cache is made or removed only at a start"
             )
-        shares = share_budget(budget_bytes, self._table_bytes)
-        self.budget_bytes = budget_bytes
-        for record_bytes in sorted(shares, key=lambda r: shares[r] - self._arenas[r].geometry.total_bytes):
+        with self._changing:
+            shares = share_budget(budget_bytes, self.weights)
+            self.budget_bytes = budget_bytes
+            self._give(shares)
+
+    def balance(self) -> bool:
+        """Move some of the budget to the record size where it saves most, by what was read since.
+
+        Whether anything moved. Look-ups go on meanwhile, as while the budget is changed.
+        """
+        with self._changing:
+            shares = next_shares({r: a.take_tally(self._shares[r]) for r, a in self._arenas.items()})
+            if shares is None:
+                return False
+            told = ", ".join(
+                f"{self._shares[r]} -> {share} for records of {r}" for r, share in shares.items()
+            )
+            log.info("the DRAM budget moves to where it saves more reads (bytes): %s", told)
+            self.weights = weights_of(shares)
+            self._give(shares)
+        self._counters.add(dram_balanced=1)
+        return True
+
+    def _give(self, shares: dict[int, int]) -> None:
+        """Arenas that shrink go first."""
+        self._shares, before = shares, self._shares
+        for record_bytes in sorted(shares, key=lambda r: shares[r] - before[r]):
             self._arenas[record_bytes].resize(shares[record_bytes])
 
     def close(self) -> None:
@@ -268,19 +322,3 @@ class DramTier:
     @property
     def capacity_records(self) -> int:
         return sum(a.geometry.capacity_records for a in self._arenas.values())
-
-
-def share_budget(budget_bytes: int, table_bytes: dict[int, int]) -> dict[int, int]:
-    """Bytes for each record size: one set, and of the rest a share by the bytes of its tables.
-
-    Raises ConfigError where there is not enough for one set of each.
-    """
-    smallest = {r: ArenaGeometry(1, r).total_bytes for r in table_bytes}
-    spare, total = budget_bytes - sum(smallest.values()), max(1, sum(table_bytes.values()))
-    if spare < 0:
-        sizes = ", ".join(map(str, sorted(table_bytes)))
-        raise ConfigError(
-            f"$.dram.budget_bytes: expected at least {sum(smallest.values())} bytes for records of "
-            f"{sizes} bytes, got {budget_bytes}; raise the budget, or set it to 0 to cache nothing"
-        )
-    return {r: smallest[r] + spare * size // total for r, size in table_bytes.items()}

@@ -23,7 +23,16 @@ from tierstore.config import Config, Nvme
 from tierstore.devices.base import PageReader, PageReadFailed
 from tierstore.format.geometry import PAGE_BYTES
 from tierstore.format.header import uuid_words
-from tierstore.kernels.extent import DAMAGED, FOREIGN, GOOD, UNASKED, UNREAD, pack_entries, take_entries
+from tierstore.kernels.extent import (
+    DAMAGED,
+    FOREIGN,
+    GOOD,
+    UNASKED,
+    UNREAD,
+    pack_entries,
+    take_entries,
+    take_unwritten,
+)
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.extent_file import open_extent, remove_other_extents, table_identities
 from tierstore.tiers.extent_index import ExtentIndex
@@ -61,9 +70,12 @@ class ExtentRead:
         self._staging, self._deadline, self._hint = staging, deadline, hint
         self._sequences = extent.index.probe(keys, owners, extent.writer.oldest)
         self.missing = np.flatnonzero(self._sequences < 0)
-        asked = np.flatnonzero(self._sequences >= 0)
-        self._fates = np.full(keys.size, UNASKED, np.uint8)
-        self._fates[asked] = GOOD
+        self._fates = np.where(self._sequences < 0, UNASKED, GOOD).astype(np.uint8)
+        unwritten = extent.writer.take(self._sequences, keys, owners, out, self._fates)
+        extent.counters.add(extent_unwritten=int(np.count_nonzero(self._fates[unwritten] == GOOD)))
+        on_disk = self._sequences >= 0
+        on_disk[unwritten] = False
+        asked = np.flatnonzero(on_disk)
         record_bytes = extent.geometry.record_bytes
         pieces = extent.geometry.pieces(self._sequences[asked], asked * record_bytes)
         run_pages_max = min(extent.run_pages_max, staging.capacity_pages)
@@ -80,12 +92,13 @@ class ExtentRead:
             hint=self._hint,
         )
         self._staging.reads.append(read)
+        self._extent.counters.add(extent_reads=window.run_first_pages.size)
         return Landing(window, pages, read)
 
     def finish(self, landing: Landing) -> None:
         """Take the records of a window that came; a window that failed is left to the row file."""
-        window, plan = landing.window, self.plan
-        targets = plan.pieces.targets[window.pieces]
+        window, pieces = landing.window, self.plan.pieces
+        targets = pieces.targets[window.pieces]
         try:
             landing.read.wait(self._deadline)
         except PageReadFailed as failure:
@@ -94,11 +107,12 @@ class ExtentRead:
             return
         finally:
             self._extent.counters.add(extent_pages=window.pages.size)
+        assert pieces.lengths is not None
         take_entries(
             landing.pages, window.page_slots, window.pages, *uuid_words(self._extent.file.uuid),
-            window.piece_slots, plan.pieces.page_offsets[window.pieces], targets,
-            self._extent.geometry.shape, self._keys, self._owners, self._extent.identities, self._out,
-            self._fates,
+            window.piece_slots, pieces.page_offsets[window.pieces], pieces.lengths[window.pieces], targets,
+            self._extent.geometry.record_bytes, self._keys, self._owners, self._extent.identities,
+            self._out, self._fates,
         )  # fmt: skip
 
     def settle(self) -> np.ndarray:
@@ -107,10 +121,7 @@ class ExtentRead:
         fates[(fates == DAMAGED) & (self._sequences < oldest)] = FOREIGN  # it was being overwritten
         failed = np.flatnonzero(fates > GOOD)
         if failed.size:
-            pages = [self._extent.geometry.page_of(s) for s in self._sequences[failed].tolist()]
-            parts = self._extent.geometry.parts
-            lost = np.array([any(p <= w < p + parts for w in self._wrong_pages) for p in pages])
-            wrong = failed[lost | (fates[failed] != UNREAD)]
+            wrong = failed[(fates[failed] != UNREAD) | self._on_wrong_pages(failed)]
             self._extent.index.remove(self._keys[wrong], self._owners[wrong], self._sequences[wrong])
         good = int(np.count_nonzero(fates == GOOD))
         self._extent.counters.add(
@@ -121,6 +132,13 @@ class ExtentRead:
             extent_read_errors=len(self._wrong_pages),
         )
         return failed
+
+    def _on_wrong_pages(self, which: np.ndarray) -> np.ndarray:
+        """Whether a page that could not be read holds some of these records, bool [n]."""
+        geometry, lost = self._extent.geometry, np.zeros(which.size, bool)
+        pieces = geometry.pieces(self._sequences[which], np.arange(which.size) * geometry.record_bytes)
+        lost[pieces.targets[np.isin(pieces.pages, self._wrong_pages)] // geometry.record_bytes] = True
+        return lost
 
 
 class Extent:
@@ -150,12 +168,17 @@ class Extent:
         none, pages = np.zeros(0, np.int64), np.zeros((1, PAGE_BYTES // 8), np.uint64)
         self.index.insert(none, 0, 0)
         self.index.remove(none, none, none)
+        self.index.withdraw(none, 0, 0)
+        take_unwritten(
+            pages.ctypes.data, self.geometry.shape, none, none, none, none, self.identities, 0,
+            np.zeros(0, np.uint8),
+        )  # fmt: skip
         pack_entries(
             pages.ctypes.data, 0, self.geometry.shape, none, none, self.identities, 0, none, none
         )  # fmt: skip
         take_entries(
-            pages, none, none, *uuid_words(self.file.uuid), none, none, none, self.geometry.shape,
-            none, none, self.identities, 0, np.zeros(0, np.uint8),
+            pages, none, none, *uuid_words(self.file.uuid), none, none, none, none,
+            self.geometry.record_bytes, none, none, self.identities, 0, np.zeros(0, np.uint8),
         )  # fmt: skip
 
     def offer(self, keys: np.ndarray, owners: np.ndarray, source: int) -> None:
@@ -190,7 +213,7 @@ class ExtentTier:
         if not budget or not table_bytes:
             return
         identities, total = table_identities(generations), sum(table_bytes.values())
-        least = max(ExtentGeometry(record_bytes, 0).parts for record_bytes in table_bytes) * PAGE_BYTES
+        least = max(ExtentGeometry(record_bytes, 0).group_bytes for record_bytes in table_bytes)
         allowance = ByteAllowance(config.extent.write_bytes_per_s, least)
         buffer_bytes = config.extent.write_buffer_bytes // len(table_bytes)
         try:

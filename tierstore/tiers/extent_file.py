@@ -22,7 +22,7 @@ from tierstore.devices.files import Direct, OpenFile, open_for_reads
 from tierstore.format.direct import make_folder, open_direct, reserve
 from tierstore.format.geometry import PAGE_BYTES
 from tierstore.tiers.extent_index import ExtentIndex
-from tierstore.tiers.extent_layout import HEADER, ExtentGeometry
+from tierstore.tiers.extent_layout import HEADER, VERSION, ExtentGeometry, found_version
 
 log = logging.getLogger(__name__)
 OURS = re.compile(r"\d+\.(?:extent|index)(?:\.partial)?")
@@ -89,6 +89,8 @@ def _read_uuid(path: Path, geometry: ExtentGeometry) -> bytes:
         page = file.read(PAGE_BYTES)
         size_bytes = os.fstat(file.fileno()).st_size
     found = page[UUID_SLICE]
+    if (version := found_version(page)) not in (None, VERSION):
+        raise FormatError(f"its layout is version {version}, this release writes {VERSION}")
     if len(page) < PAGE_BYTES or page != geometry.header_page(found):
         raise FormatError("it is not a record extent of this size, or its header is damaged")
     if size_bytes != geometry.file_bytes:

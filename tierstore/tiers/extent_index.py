@@ -30,6 +30,7 @@ from tierstore.kernels.extent import (
     insert_into_index,
     probe_index,
     remove_from_index,
+    withdraw_from_index,
 )
 from tierstore.tiers.extent_layout import ExtentGeometry
 
@@ -60,9 +61,14 @@ class ExtentIndex:
         return sequences
 
     def insert(self, hashes: np.ndarray, first: int, count: int) -> None:
-        """Records `first` and on lie there now; `hashes` int64 as `pack_entries` wrote them."""
+        """Records `first` and on are there now; `hashes` int64, those of `pack_entries`."""
         with self._changing:
             insert_into_index(self._words, hashes, first, count)
+
+    def withdraw(self, hashes: np.ndarray, first: int, count: int) -> None:
+        """Undo `insert`."""
+        with self._changing:
+            withdraw_from_index(self._words, hashes, first, count)
 
     def remove(self, keys: np.ndarray, owners: np.ndarray, sequences: np.ndarray) -> None:
         """These records do not lie there."""

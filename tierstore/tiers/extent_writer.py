@@ -1,7 +1,8 @@
 """Writing records into an extent, one after another, round and round, in the background.
 
-Records are copied into a write buffer; a full one is sealed and written in one go by a thread, and only
-then does the index learn of its records. Before a page is overwritten its old records count as gone.
+Records are copied into a write buffer, which answers for them until they are written: what DRAM has just
+dropped is the likeliest to be asked for again. A full buffer is sealed and written in one go by a thread.
+Before a group is overwritten its old records count as gone.
 Nobody waits for a write: what finds no free buffer, or would exceed the configured bytes a second, is
 dropped and counted. A disk that refuses a write ends writing, not serving.
 """
@@ -22,7 +23,7 @@ from tierstore.format.direct import aligned_bytes, write_all
 from tierstore.format.geometry import PAGE_BYTES
 from tierstore.format.header import uuid_words
 from tierstore.kernels.checksum import seal_pages
-from tierstore.kernels.extent import pack_entries
+from tierstore.kernels.extent import pack_entries, take_unwritten
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.extent_file import ExtentFile
 from tierstore.tiers.extent_index import ExtentIndex
@@ -83,15 +84,17 @@ class ExtentWriter:
         buffer_bytes: int,
         period_s: float,
     ) -> None:
-        """`buffer_bytes` of memory at most, if that is enough for two records."""
+        """`buffer_bytes` of memory at most, if that is enough for two groups of records."""
         self.file, self.index, self.identities = file, index, identities
         g = self._geometry = file.geometry
         self._allowance, self._counters, self._period_s = allowance, counters, period_s
-        groups = min(buffer_bytes // BUFFERS // PAGE_BYTES // g.parts, g.slots // g.per_page // BUFFERS)
-        self._buffer_records = max(1, groups) * g.per_page
-        self._free = [WriteBuffer(max(1, groups) * g.parts, self._buffer_records) for _ in range(BUFFERS)]
+        buffers = max(2, min(BUFFERS, buffer_bytes // g.group_bytes))
+        groups = max(1, min(buffer_bytes // buffers // g.group_bytes, g.groups // buffers))
+        self._buffer_records = groups * g.group.records
+        self._free = [WriteBuffer(groups * g.group.pages, self._buffer_records) for _ in range(buffers)]
         self._filling: WriteBuffer | None = None
         self._full: deque[WriteBuffer] = deque()
+        self._unwritten: deque[WriteBuffer] = deque()  # the one being written, the full ones, the one filled
         self._next = file.next_sequence
         self._broken = self._closing = self._busy = self._unsaved = False
         self._changed = threading.Condition()
@@ -105,8 +108,8 @@ class ExtentWriter:
 
     def offer(self, keys: np.ndarray, owners: np.ndarray, source: int, places: np.ndarray) -> None:
         """Keep what can be kept; record i lies at address `source`, place `places[i]`."""
-        page_bytes = PAGE_BYTES * self._geometry.parts / self._geometry.per_page
-        allowed = 0 if self._broken else self._allowance.take(keys.size, page_bytes)
+        record_bytes = self._geometry.bytes_per_record
+        allowed = 0 if self._broken else self._allowance.take(keys.size, record_bytes)
         done = 0
         while done < allowed:
             part = slice(done, allowed)
@@ -127,6 +130,7 @@ class ExtentWriter:
                 buffer.pages.ctypes.data, buffer.count, self._geometry.shape, keys[:count], owners[:count],
                 self.identities, source, places[:count], buffer.hashes,
             )  # fmt: skip
+            self.index.insert(buffer.hashes[buffer.count :], buffer.first + buffer.count, count)
             buffer.count += count
             if buffer.count == buffer.room:
                 self._hand_over()
@@ -139,14 +143,36 @@ class ExtentWriter:
             buffer.first, buffer.count = self._next, 0
             slots = self._geometry.slots
             buffer.room = min(self._buffer_records, slots - self._next % slots)
+            self._unwritten.append(buffer)
         return self._filling
+
+    def take(
+        self, sequences: np.ndarray, keys: np.ndarray, owners: np.ndarray, out: int, fates: np.ndarray
+    ) -> np.ndarray:
+        """Copy records that are not written yet; positions int64 of those that were here.
+
+        Record i goes to address `out`, place i. `fates` uint8 [n] tells which are another's.
+        """
+        taken = np.zeros(sequences.size, bool)
+        with self._changed:
+            first = self._unwritten[0].first if self._unwritten else self._next
+            recent = np.flatnonzero(sequences >= first)
+            for buffer in self._unwritten if recent.size else ():
+                places = sequences[recent] - buffer.first
+                here = (places >= 0) & (places < buffer.count)
+                take_unwritten(
+                    buffer.pages.ctypes.data, self._geometry.shape, places[here], recent[here], keys, owners,
+                    self.identities, out, fates,
+                )  # fmt: skip
+                taken[recent[here]] = True
+        return np.flatnonzero(taken)
 
     def _hand_over(self) -> None:
         """Let the thread write what there is; from now on its place in the file is its own."""
         buffer, self._filling = self._filling, None
         if buffer is not None:
-            per_page = self._geometry.per_page
-            self._next = buffer.first + -(-buffer.count // per_page) * per_page
+            records = self._geometry.group.records
+            self._next = buffer.first + -(-buffer.count // records) * records
             self._full.append(buffer)
             self._changed.notify_all()
 
@@ -171,9 +197,9 @@ class ExtentWriter:
 
     def _write(self, buffer: WriteBuffer) -> None:
         g, written = self._geometry, 0
-        pages = buffer.pages[: -(-buffer.count // g.per_page) * g.parts]
+        pages = buffer.pages[: -(-buffer.count // g.group.records) * g.group.pages]
         if not self._broken:
-            page = g.page_of(buffer.first)
+            page = g.group_page(buffer.first)
             seal_pages(pages, page, *uuid_words(self.file.uuid), 0, len(pages))
             try:
                 data = pages.reshape(-1).view(np.uint8)
@@ -182,14 +208,17 @@ class ExtentWriter:
             except (StorageError, OSError) as error:
                 self._give_up(error)
         if written:
-            self.index.insert(buffer.hashes, buffer.first, written)
+            self._allowance.spend(int(pages.nbytes - written * g.bytes_per_record))  # a group begun
             self._unsaved = True
+        else:
+            self.index.withdraw(buffer.hashes, buffer.first, buffer.count)
         self._counters.add(
             extent_written=written,
             extent_dropped=buffer.count - written,
             extent_bytes_written=pages.nbytes if written else 0,
         )
         with self._changed:
+            self._unwritten.popleft()
             self._free.append(buffer)
             self._busy = False
             self._changed.notify_all()

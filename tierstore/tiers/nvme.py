@@ -1,33 +1,48 @@
-"""The NVMe tier: rows read from a packed table, every page checked before a byte of it is used."""
+"""The NVMe tier: rows read from a packed table, every page checked before a byte of it is used.
+
+A batch is one stream of reads through a ring of pages: each page is checked and its rows are copied as it
+lands, and its slot takes the next read at once, so the disk's queue does not run empty before the
+batch is done.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 from engram_client.deadline import Deadline
 from engram_client.errors import DataCorrupt, StorageError
-from tierstore.devices.base import PageRead, PageReader, PageReadFailed
+from tierstore.devices.base import PageReader, PageReadFailed, PageStream
 from tierstore.devices.files import OpenFile
 from tierstore.format.geometry import PAGE_BYTES
 from tierstore.format.rowfile import RowFile
-from tierstore.kernels.rows import scatter_pieces, scatter_rows
-from tierstore.kernels.verify_slots import first_bad_slot
+from tierstore.kernels.jobs import LANDED
+from tierstore.kernels.stream import (
+    PAGE,
+    READ_FAILED,
+    RUN,
+    TAKEN_ALL,
+    WRONG_PAGE,
+    lay_out_ring,
+    take_landed,
+)
 from tierstore.tiers.counters import Counters
-from tierstore.tiers.plan import ReadPlan, Window, plan_reads
+from tierstore.tiers.plan import ReadPlan, plan_reads
 from tierstore.tiers.staging import Staging
-from tierstore.tiers.windows import Landing, Sweep, read_windows
+from tierstore.tiers.windows import Sweep, read_windows
+
+WHOLE_ROWS = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One request at work: what is read for whom, and where its pages land. See `Sweep`."""
+    """One request at work: what is read for whom, and where its pages land."""
 
-    tier: NvmeTier
     table: RowFile
     file: OpenFile
     plan: ReadPlan
@@ -35,12 +50,6 @@ class Reading:
     out: int
     hint: bool
     deadline: Deadline
-
-    def start(self, window: Window, pages: np.ndarray) -> Landing:
-        return self.tier.start(self, window, pages)
-
-    def finish(self, landing: Landing) -> None:
-        self.tier.finish(self, landing)
 
 
 class NvmeTier:
@@ -69,7 +78,7 @@ class NvmeTier:
     ) -> None:
         """Row `row_ids[i]` goes to address `out` + `targets[i]`; int64 [n] both, ids in range.
 
-        What is `beside` is read in the same go.
+        What is `beside` is read at the same time.
 
         Raises StorageError or DataCorrupt naming file, page and rows, or DeadlineExceeded; then
         what lies at `out` is undefined.
@@ -79,69 +88,101 @@ class NvmeTier:
             row_ids,
             targets,
             gap_pages_max=self._gap_pages_max,
-            run_pages_max=min(self._run_pages_max, staging.capacity_pages),
+            run_pages_max=min(self._run_pages_max, len(staging.ring)),
         )
-        reading = Reading(self, table, file, plan, staging, out, hint, deadline)
-        read_windows((*beside, reading), staging)
+        reading = Reading(table, file, plan, staging, out, hint, deadline)
+        rows = RowStream(self._reader, self._counters, reading) if row_ids.size else None
+        try:
+            for sweep in beside:
+                read_windows(sweep, staging)
+            if rows:
+                rows.take_all()
+        finally:
+            if rows:
+                rows.close()
         self._counters.add(nvme_rows=row_ids.size, nvme_pages=plan.pages.size)
 
-    def start(self, reading: Reading, window: Window, pages: np.ndarray) -> Landing:
-        runs = (window.run_first_pages, window.run_page_counts, window.run_slots)
-        return Landing(window, pages, self._read(reading, *runs, pages))
 
-    def _read(
-        self, reading: Reading, firsts: np.ndarray, counts: np.ndarray, slots: np.ndarray, pages: np.ndarray
-    ) -> PageRead:
-        """Start a read; the staging buffer must know of it as long as it is under way."""
-        self._counters.add(nvme_reads=firsts.size, nvme_bytes=int(counts.sum()) * PAGE_BYTES)
+class RowStream:
+    """One request's pages on their way; its reads begin when it is made."""
+
+    def __init__(self, reader: PageReader, counters: Counters, reading: Reading) -> None:
+        self._reader, self._counters, self._reading = reader, counters, reading
+        plan, ring = reading.plan, reading.staging.ring
+        slots, starts = np.empty_like(plan.run_first_pages), np.empty_like(plan.run_first_pages)
+        limit = lay_out_ring(plan.run_page_counts, len(ring), slots, starts)
+        self._runs = (plan.run_first_pages, plan.run_page_counts, slots, starts)
+        self._fates = np.zeros(slots.size, np.uint32)
+        self._at = np.zeros(3, np.int64)
+        self._read_again = -1  # the number of a page
+        runs = (plan.run_first_pages, plan.run_page_counts, slots)
+        self._count(plan.run_page_counts)
+        self._stream: PageStream = reader.stream(
+            reading.file.fd, *runs, ring.ctypes.data, hint=reading.hint, limit=limit, fates=self._fates
+        )
+        reading.staging.reads.append(self._stream)
+
+    def take_all(self) -> None:
+        """Return once every row is where it is wanted."""
+        reading, pieces = self._reading, self._reading.plan.pieces
+        lengths = WHOLE_ROWS if pieces.lengths is None else pieces.lengths
+        wanted = (reading.plan.pages, reading.plan.piece_page, pieces.page_offsets, lengths, pieces.targets)
+        row_bytes, uuid = reading.table.geometry.row_bytes, reading.table.uuid_words
+        while True:
+            doze_ns = int(self._stream.advance(reading.deadline) * 1e9)
+            state = take_landed(
+                self._stream.words, self._runs, self._fates, wanted, row_bytes, reading.staging.ring,
+                reading.out, uuid, self._at, doze_ns,
+            )  # fmt: skip
+            if state == READ_FAILED:
+                self._read_run_again()
+            elif state == WRONG_PAGE:
+                self._read_page_again()
+            elif state == TAKEN_ALL:
+                break
+        with suppress(PageReadFailed):  # what failed has been read again
+            self._stream.wait(reading.deadline)  # a moment: a worker has yet to say that it was the last
+
+    def close(self) -> None:
+        """Begin no further read; the staging buffer waits for those under way."""
+        self._stream.withdraw()
+
+    def _read_run_again(self) -> None:
+        """The wanted pages once more, each by itself: one that nobody wants must not fail the others."""
+        self._counters.add(nvme_read_errors=1)
+        run, pages = self._at[RUN], self._reading.plan.pages
+        first, count = self._runs[0][run], self._runs[1][run]
+        wanted = slice(*np.searchsorted(pages, (first, first + count)))
+        self._read_singly(run, pages[wanted])
+        self._fates[run] = LANDED
+
+    def _read_page_again(self) -> None:
+        """A page that fails its checksum is read once more, then it is an error."""
+        number = int(self._at[PAGE])
+        page = self._reading.plan.pages[number : number + 1]
+        if self._read_again == number:
+            raise _corrupt(self._reading.table, int(page[0]))
+        self._counters.add(nvme_checksum_failures=1)
+        self._read_again = number
+        self._read_singly(self._at[RUN], page)
+
+    def _read_singly(self, run: int, pages: np.ndarray) -> None:
+        """Read pages of a run into their slots."""
+        reading, ones = self._reading, np.ones_like(pages)
+        slots = self._runs[2][run] + pages - self._runs[0][run]
+        self._count(ones)
         read = self._reader.start(
-            reading.file.fd, firsts, counts, slots, pages.ctypes.data, hint=reading.hint
+            reading.file.fd, pages, ones, slots, reading.staging.ring.ctypes.data, hint=reading.hint
         )
         reading.staging.reads.append(read)
-        return read
-
-    def finish(self, reading: Reading, landing: Landing) -> None:
-        """Wait for a window, check its pages, copy its rows."""
-        window = landing.window
         try:
-            landing.read.wait(reading.deadline)
-        except PageReadFailed:
-            self._counters.add(nvme_read_errors=1)
-            self._read_singly(reading, window.pages, window.page_slots, landing.pages)
-        self._check(reading, landing)
-        _copy_rows(reading, landing)
-
-    def _read_singly(self, reading: Reading, pages: np.ndarray, slots: np.ndarray, into: np.ndarray) -> None:
-        """The wanted pages once more, each by itself: one that nobody wants must not fail the others."""
-        try:
-            self._read(reading, pages, np.ones_like(pages), slots, into).wait(reading.deadline)
+            read.wait(reading.deadline)
         except PageReadFailed as failure:
             self._counters.add(nvme_read_errors=1)
             raise _read_error(reading.table, failure) from failure
 
-    def _check(self, reading: Reading, landing: Landing) -> None:
-        """A page that fails its checksum is read once more, then it is an error."""
-        window, table = landing.window, reading.table
-        checked = (landing.pages, window.page_slots, window.pages)
-        bad = first_bad_slot(*checked, 0, *table.uuid_words)
-        while bad >= 0:
-            self._counters.add(nvme_checksum_failures=1)
-            page, slot = window.pages[bad : bad + 1], window.page_slots[bad : bad + 1]
-            self._read_singly(reading, page, slot, landing.pages)
-            again = first_bad_slot(*checked, bad, *table.uuid_words)
-            if again == bad:
-                raise _corrupt(table, int(window.pages[bad]))
-            bad = again
-
-
-def _copy_rows(reading: Reading, landing: Landing) -> None:
-    buffer, pieces, window = landing.pages.ctypes.data, reading.plan.pieces, landing.window
-    part = window.pieces
-    if pieces.lengths is None:
-        offsets, row_bytes = pieces.page_offsets[part], reading.table.geometry.row_bytes
-        scatter_rows(buffer, window.piece_slots, offsets, row_bytes, pieces.targets[part], reading.out)
-    else:
-        scatter_pieces(buffer, window.piece_slots, pieces.lengths[part], pieces.targets[part], reading.out)
+    def _count(self, page_counts: np.ndarray) -> None:
+        self._counters.add(nvme_reads=page_counts.size, nvme_bytes=int(page_counts.sum()) * PAGE_BYTES)
 
 
 def _rows_text(table: RowFile, page: int) -> str:

@@ -1,20 +1,21 @@
 """The read plan: from row ids to runs of pages, and from pages back to rows. Pure.
 
 Rows become *pieces* (a row, or one page's share of a row larger than a page), pieces are sorted by
-page, and the distinct pages are joined into runs that one read each serves. Pages of all runs
-are numbered through; that number is a page's *slot*. A plan larger than the staging buffer is
-worked off in windows of whole runs.
+page, and the distinct pages are joined into runs that one read each serves. The plan is worked off in
+windows of whole runs; where a page lands in its window is its *slot*. The disk has nothing to do
+while a plan is made, so its passes over the pieces are kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from tierstore.format.geometry import PAYLOAD_BYTES, Geometry
-from tierstore.kernels.runs import coalesce
+from tierstore.kernels.runs import cut_windows, join_runs, sort_pages
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,15 @@ class Pieces:
     targets: np.ndarray  # bytes from the start of the output
 
     def sorted_by_page(self) -> Pieces:
-        order = np.argsort(self.pages, kind="stable")
+        order = np.empty_like(self.pages)
+        sort_pages(self.pages, order)
         lengths = None if self.lengths is None else self.lengths[order]
         return Pieces(self.pages[order], self.page_offsets[order], lengths, self.targets[order])
 
 
 @dataclass(frozen=True)
 class Window:
-    """As much of a plan as fits the staging buffer. Slots count from the window's first page."""
+    """As much of a plan as fits one window of a staging buffer. Slots count from its first page."""
 
     run_first_pages: np.ndarray
     run_page_counts: np.ndarray
@@ -59,25 +61,26 @@ class ReadPlan:
 
     def windows(self, capacity_pages: int) -> Iterator[Window]:
         """Split at run boundaries so that each part fits `capacity_pages` slots."""
-        ends = np.cumsum(self.run_page_counts)
-        starts = ends - self.run_page_counts
-        run = 0
-        while run < ends.size:
-            stop = int(np.searchsorted(ends, starts[run] + capacity_pages, side="right"))
-            assert stop > run, "a run must fit the staging buffer"
-            yield self._window(run, stop, starts)
-            run = stop
-
-    def _window(self, run: int, stop: int, starts: np.ndarray) -> Window:
-        firsts, counts = self.run_first_pages[run:stop], self.run_page_counts[run:stop]
-        run_slots = starts[run:stop] - starts[run]
-        low, high = np.searchsorted(self.pages, (firsts[0], firsts[-1] + counts[-1]))
-        pages = self.pages[low:high]
-        of_run = np.searchsorted(firsts, pages, side="right") - 1
-        page_slots = run_slots[of_run] + pages - firsts[of_run]
-        first, last = np.searchsorted(self.piece_page, (low, high))
-        piece_slots = page_slots[self.piece_page[first:last] - low]
-        return Window(firsts, counts, run_slots, pages, page_slots, slice(first, last), piece_slots)
+        runs = self.run_first_pages.size
+        assert not runs or self.run_page_counts.max() <= capacity_pages, "a run must fit a window"
+        run_slots, starts = np.empty_like(self.run_first_pages), np.empty((runs + 1, 3), np.int64)
+        page_slots, piece_slots = np.empty_like(self.pages), np.empty_like(self.piece_page)
+        windows = cut_windows(
+            self.run_first_pages, self.run_page_counts, self.pages, self.piece_page, capacity_pages,
+            run_slots, page_slots, piece_slots, starts,
+        )  # fmt: skip
+        bounds = starts[: windows + 1].tolist()
+        for (run, page, piece), (run_end, page_end, piece_end) in pairwise(bounds):
+            runs_, pages, pieces = slice(run, run_end), slice(page, page_end), slice(piece, piece_end)
+            yield Window(
+                self.run_first_pages[runs_],
+                self.run_page_counts[runs_],
+                run_slots[runs_],
+                self.pages[pages],
+                page_slots[pages],
+                pieces,
+                piece_slots[pieces],
+            )
 
 
 def plan_reads(
@@ -90,13 +93,9 @@ def plan_reads(
 def plan_pieces(unsorted: Pieces, gap_pages_max: int, run_pages_max: int) -> ReadPlan:
     """Plan the reads for pieces in any order."""
     pieces = unsorted.sorted_by_page()
-    is_new = np.empty(pieces.pages.size, bool)
-    is_new[:1] = True
-    np.not_equal(pieces.pages[1:], pieces.pages[:-1], out=is_new[1:])
-    pages = pieces.pages[is_new]
-    firsts, counts = np.empty_like(pages), np.empty_like(pages)
-    runs = coalesce(pages, gap_pages_max, run_pages_max, firsts, counts)
-    return ReadPlan(pieces, pages, np.cumsum(is_new) - 1, firsts[:runs], counts[:runs])
+    pages, page_of, firsts, counts = (np.empty_like(pieces.pages) for _ in range(4))
+    found, runs = join_runs(pieces.pages, gap_pages_max, run_pages_max, pages, page_of, firsts, counts)
+    return ReadPlan(pieces, pages[:found], page_of, firsts[:runs], counts[:runs])
 
 
 def _pieces(geometry: Geometry, row_ids: np.ndarray, targets: np.ndarray) -> Pieces:

@@ -22,17 +22,23 @@ from tierstore.format.direct import aligned_bytes
 from tierstore.format.geometry import PAGE_BYTES
 
 PAGES_BYTES_MAX = 8 << 20
+PAGES_MIN = 4  # one for each half, two for the ring
 BUFFERS_MAX = 4  # concurrent readers; more share the disk no better
 LOOK_AGAIN_S = 0.05  # for set-aside buffers, while all others are taken
 
 
 @dataclass
 class Staging:
-    """Room for one reader: pages as they land, in two halves, and records as they are put together."""
+    """Room for one reader: pages as they land, and records as they are put together.
 
+    Rows are streamed through the ring (nvme.py); records from the extent land in the halves, window by
+    window (windows.py). A batch that needs both reads both at a time.
+    """
+
+    ring: np.ndarray  # uint64 [capacity, 512], page aligned
     halves: tuple[np.ndarray, np.ndarray]  # uint64 [capacity, 512] each, page aligned
     records: np.ndarray  # uint8 [bytes]
-    reads: list[PageRead] = field(default_factory=list)  # that were started into the halves
+    reads: list[PageRead] = field(default_factory=list)  # that were started into the pages
 
     @property
     def capacity_pages(self) -> int:
@@ -55,15 +61,16 @@ class StagingPool:
     def __init__(self, budget_bytes: int, record_bytes_max: int) -> None:
         """Raises ConfigError where a buffer could not hold the largest record and its pages."""
         share = budget_bytes // BUFFERS_MAX // PAGE_BYTES * PAGE_BYTES
-        half = min(share // 2, PAGES_BYTES_MAX) // 2 // PAGE_BYTES * PAGE_BYTES
-        self.record_bytes = share - 2 * half
-        if half < PAGE_BYTES or self.record_bytes < record_bytes_max:
-            enough = 2 * BUFFERS_MAX * (record_bytes_max + 2 * PAGE_BYTES)
+        pages = min(share // 2, PAGES_BYTES_MAX) // PAGE_BYTES
+        half = max(1, pages // 8)
+        self.record_bytes = share - pages * PAGE_BYTES
+        if pages < PAGES_MIN or self.record_bytes < record_bytes_max:
+            enough = 2 * BUFFERS_MAX * (record_bytes_max + PAGES_MIN * PAGE_BYTES)
             raise ConfigError(
                 f"$.nvme.staging_bytes: {budget_bytes} leaves {self.record_bytes} bytes a buffer for "
                 f"records, the largest has {record_bytes_max}; give at least {enough}"
             )
-        self._free = [_staging(half, self.record_bytes) for _ in range(BUFFERS_MAX)]
+        self._free = [_staging(pages, half, self.record_bytes) for _ in range(BUFFERS_MAX)]
         self._set_aside: list[Staging] = []
         self._changed = threading.Condition()
 
@@ -100,7 +107,8 @@ class StagingPool:
             return not self._set_aside
 
 
-def _staging(half_bytes: int, record_bytes: int) -> Staging:
-    memory = aligned_bytes(2 * half_bytes + record_bytes)
-    pages = memory[: 2 * half_bytes].view(np.uint64).reshape(2, -1, PAGE_BYTES // 8)
-    return Staging((pages[0], pages[1]), memory[2 * half_bytes :])
+def _staging(pages: int, half_pages: int, record_bytes: int) -> Staging:
+    memory = aligned_bytes(pages * PAGE_BYTES + record_bytes)
+    slots = memory[: pages * PAGE_BYTES].view(np.uint64).reshape(pages, PAGE_BYTES // 8)
+    first, second, ring = np.split(slots, (half_pages, 2 * half_pages))
+    return Staging(ring, (first, second), memory[pages * PAGE_BYTES :])

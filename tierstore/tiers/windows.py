@@ -1,13 +1,12 @@
-"""Working off read plans, window by window, two of them on their way at a time.
+"""Working off a read plan, window by window, two of them on their way at a time.
 
 Each goes into its half of the staging buffer: while one is checked and copied out, the disk works on the
-other. Several plans can go through in one sweep, so a batch that needs two files waits once.
+other.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,22 +39,16 @@ class Sweep(Protocol):
         """Wait for a window and use it; what it raises ends everything."""
 
 
-def read_windows(sweeps: Sequence[Sweep], staging: Staging) -> None:
-    """Work off all plans; when one raises, what is under way is withdrawn."""
-    work = ((sweep, window) for sweep in sweeps for window in sweep.plan.windows(staging.capacity_pages))
-    on_its_way: deque[tuple[Sweep, Landing]] = deque()
-
-    def finish_first() -> None:
-        sweep, landing = on_its_way.popleft()
-        sweep.finish(landing)
-
+def read_windows(sweep: Sweep, staging: Staging) -> None:
+    """Work off a plan; when something raises, what is under way is withdrawn."""
+    on_its_way: deque[Landing] = deque()
     try:
-        for number, (sweep, window) in enumerate(work):
+        for number, window in enumerate(sweep.plan.windows(staging.capacity_pages)):
             if len(on_its_way) == 2:
-                finish_first()
-            on_its_way.append((sweep, sweep.start(window, staging.halves[number % 2])))
+                sweep.finish(on_its_way.popleft())
+            on_its_way.append(sweep.start(window, staging.halves[number % 2]))
         while on_its_way:
-            finish_first()
+            sweep.finish(on_its_way.popleft())
     finally:
-        for _, landing in on_its_way:
+        for landing in on_its_way:
             landing.read.withdraw()

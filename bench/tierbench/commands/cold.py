@@ -2,7 +2,9 @@
 
 The store has a DRAM budget of 0, so every row is a page read past the page cache, checked and copied.
 Once with pread and as many threads as fio's psync, once with io_uring and a queue as deep as fio's.
-numpy.memmap and LMDB serve a smaller sample of the same rows.
+numpy.memmap, LMDB and EngramDB serve a smaller sample of the same rows, LMDB and EngramDB from files of their
+own that hold fewer. These three read through the page cache, which is emptied of their file first, and
+check nothing: that could not be made equal.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import argparse
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -23,12 +25,13 @@ from tierbench.cold_reads import ColdSample, ColdTable, DistinctPages
 from tierbench.delivery import add_common_arguments, count_list, deliver, rate_row
 from tierbench.prepared import PreparedTable, prepared_table
 from tierbench.record import compare, summarize
+from tierbench.yardsticks.engramdb_cold import EngramDbFile, installed_version
 from tierbench.yardsticks.fio import FioSample, fio_random_reads, fio_version
 from tierbench.yardsticks.lmdb_get import LmdbRows
 from tierbench.yardsticks.memmap import forget_cached_pages, memmap_rows
 
 ENGINES: tuple[Literal["pread", "io_uring"], ...] = ("pread", "io_uring")
-LMDB_PART_ROWS = 1 << 16
+PART_ROWS = 1 << 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,9 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--callers", type=count_list, default=(1, 2), metavar="N[,N]",
         help="look-ups at a time (default: 1,2)")  # fmt: skip
-    add("--sample-rows", type=int, default=5_000, metavar="N", help="for memmap and LMDB")
+    add("--sample-rows", type=int, default=5_000, metavar="N", help="for the other ways")
     add("--lmdb-rows", type=int, default=500_000, metavar="N",
-        help="rows of the table that LMDB holds; all samples lie among them")  # fmt: skip
+        help="rows that LMDB and EngramDB hold; all samples lie among them")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -134,27 +137,46 @@ def _fio_told(found: list[FioSample]) -> dict[str, Any]:
 
 
 def _other_ways(args: argparse.Namespace, prepared: PreparedTable, cold: ColdTable) -> dict[str, Any]:
-    """One thread, one pass over the same cold rows: ours, numpy.memmap, LMDB. Their rows must agree."""
+    """One caller, one pass over the same cold rows: ours and every other way. Their rows must agree."""
     geometry, row_bytes = cold.geometry, prepared.spec.row_bytes
     held = min(args.lmdb_rows, geometry.rows)
     ids = DistinctPages(dataclasses.replace(geometry, rows=held), args.seed).batch(args.sample_rows)
+    rows = cold.lookup(ids)
     pages, inside = np.divmod(ids, geometry.rows_per_page)
     offsets = (pages + geometry.first_page) * 4096 + inside * row_bytes
-    rows = cold.lookup(ids)
-    parts = (cold.lookup(np.arange(i, min(held, i + LMDB_PART_ROWS))) for i in range(0, held, LMDB_PART_ROWS))
-    scratch = LmdbRows(args.dir / "lmdb-scratch", parts)
     forget_cached_pages(prepared.row_file)
+    ways: dict[str, Any] = {
+        "tierstore": _rate(lambda: cold.lookup(ids), rows),
+        "memmap": _rate(lambda: memmap_rows(prepared.row_file, offsets, row_bytes), rows),
+    }
+    lmdb = LmdbRows(args.dir / "lmdb-scratch", _parts(cold, held))
     try:
-        return {
-            "rows": int(ids.size),
-            "lmdb_rows_held": held,
-            "tierstore_rows_per_s": _rate(lambda: cold.lookup(ids), rows),
-            "memmap_rows_per_s": _rate(lambda: memmap_rows(prepared.row_file, offsets, row_bytes), rows),
-            "lmdb_cold_rows_per_s": _rate(lambda: scratch.read(ids, row_bytes, cold=True), rows),
-            "lmdb_warm_rows_per_s": _rate(lambda: scratch.read(ids, row_bytes, cold=False), rows),
-        }
+        ways["lmdb_cold"] = _rate(lambda: lmdb.read(ids, row_bytes, cold=True), rows)
+        ways["lmdb_warm"] = _rate(lambda: lmdb.read(ids, row_bytes, cold=False), rows)
     finally:
-        scratch.remove()
+        lmdb.remove()
+    ways |= _engramdb_ways(args, cold, held, ids, rows)
+    return {"rows": int(ids.size), "rows_held": held, "engramdb": installed_version(), "rows_per_s": ways}
+
+
+def _engramdb_ways(
+    args: argparse.Namespace, cold: ColdTable, held: int, ids: np.ndarray, rows: np.ndarray
+) -> dict[str, float | None]:
+    """With one thread, and with as many as pread has; None where it is not installed."""
+    names = {"engramdb_1_thread": 1, f"engramdb_{args.read_threads}_threads": args.read_threads}
+    if installed_version() is None:
+        return dict.fromkeys(names)
+    file = EngramDbFile(args.dir / "engramdb-scratch", _parts(cold, held), held, rows.shape[1])
+    numbers = ids.tolist()
+    try:
+        return {name: _rate(partial(file.read, numbers, threads), rows) for name, threads in names.items()}
+    finally:
+        file.remove()
+
+
+def _parts(cold: ColdTable, held: int) -> Iterator[np.ndarray]:
+    """The first rows of the table, some at a time."""
+    return (cold.lookup(np.arange(i, min(held, i + PART_ROWS))) for i in range(0, held, PART_ROWS))
 
 
 def _rate(read: Callable[[], np.ndarray], expected: np.ndarray) -> float:
@@ -173,11 +195,12 @@ def _lines(results: dict[str, Any]) -> list[list[str]]:
             lines.append([f"{engine}: the system refuses it"])
             continue
         lines += _engine_lines(engine, results[engine])
-    other = results["other_ways"]
-    ours = f"{other['tierstore_rows_per_s'] / 1e3:,.1f} k rows/s"
-    for way in ("memmap", "lmdb_cold", "lmdb_warm"):
-        shown = f"{other[f'{way}_rows_per_s'] / 1e3:,.1f} k rows/s"
-        lines.append([f"one thread, {way.replace('_', ' ')}", ours, shown])
+    rates = results["other_ways"]["rows_per_s"]
+    ours = f"{rates['tierstore'] / 1e3:,.1f} k rows/s"
+    for way in [name for name in rates if name != "tierstore"]:
+        rate = rates[way]
+        shown = "not installed" if rate is None else f"{rate / 1e3:,.1f} k rows/s"
+        lines.append([f"one pass, {way.replace('_', ' ')}", ours, shown])
     return lines
 
 

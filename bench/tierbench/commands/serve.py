@@ -1,7 +1,7 @@
 """Measure look-ups over gRPC, unix socket and loopback TCP, beside an empty gRPC service.
 
 A real daemon in a process of its own, everything warm in DRAM, one caller in a closed loop: the next
-call starts when the last one has ended.
+call starts when the last one has ended. Other services stand beside it where their packages are installed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tierbench.prepared import prepared_table
 from tierbench.record import compare, summarize
 from tierbench.remote_calls import CallSample, RemoteCalls, closed_loop
 from tierbench.yardsticks.empty_service import EmptyClient, running_empty_service
+from tierbench.yardsticks.served_peers import running_peers
 
 TRANSPORTS = ("tcp", "unix")
 TOKEN_ENTRIES = 2  # n-grams of one token at two layers: 48 rows
@@ -42,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the daemon's DRAM budget (default: 1GiB)")  # fmt: skip
     add("--batch-rows", type=int, default=4096, metavar="N",
         help="rows of a large call, rounded to whole n-grams (default: %(default)s)")  # fmt: skip
+    add("--peer-rows-per-head", type=int, default=100_000, metavar="N",
+        help="of the table that other services hold in memory (default: %(default)s)")  # fmt: skip
     add("--different", type=int, default=64, metavar="N", help="different large calls (default: %(default)s)")
 
 
@@ -49,7 +52,10 @@ def run(args: argparse.Namespace) -> int:
     prepared = prepared_table(args.dir, args.rows_per_head)
     results: dict[str, Any] = {}
     with ExitStack() as stack:
-        daemon = stack.enter_context(running_daemon(prepared.store, dram_bytes=args.dram_bytes))
+        grpc_alone = {"shm.enabled": False}
+        daemon = stack.enter_context(
+            running_daemon(prepared.store, dram_bytes=args.dram_bytes, settings=grpc_alone)
+        )
         empty = stack.enter_context(running_empty_service())
         for transport in TRANSPORTS:
             client = stack.enter_context(connect(getattr(daemon, transport)))
@@ -66,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
                 "batch": _measure(args, batch, plain, f"{transport}, large calls"),
                 "token": _measure(args, token, plain, f"{transport}, one token"),
             }
+            if transport == "tcp":
+                results["peers"] = _peers(args, batch)
         results["daemon_memory_bytes"] = daemon.memory_bytes()
     return deliver("serve", args, results, _lines(results))
 
@@ -89,6 +97,28 @@ def _measure(args: argparse.Namespace, calls: RemoteCalls, empty: EmptyClient, l
     }
 
 
+def _peers(args: argparse.Namespace, calls: RemoteCalls) -> dict[str, Any]:
+    """Ours over TCP and other services, a large call each; rows/s and microseconds a call."""
+    spec = calls.table.spec
+    steps = {"ours": calls.step()}
+    with running_peers(calls.heads, args.peer_rows_per_head, spec.row_bytes) as peers:
+        for name, fetch in peers.items():
+            steps[name] = calls.peer_step(fetch, args.peer_rows_per_head, args.seed)
+        contenders = {name: partial(closed_loop, step, args.window_s) for name, step in steps.items()}
+        samples = alternate(args.windows, contenders, "other services")
+    ours = samples.pop("ours")
+    return {
+        name: {
+            "rows_per_s": {
+                "yardstick_name": name,
+                **compare([s.rows_per_s for s in ours], [s.rows_per_s for s in found]),
+            },
+            "taken_us": summarize(np.concatenate([s.taken_us for s in found])),
+        }
+        for name, found in samples.items()
+    }
+
+
 def _lines(results: dict[str, Any]) -> list[list[str]]:
     lines = []
     for transport in TRANSPORTS:
@@ -98,4 +128,5 @@ def _lines(results: dict[str, Any]) -> list[list[str]]:
             lines.append(rate_row(label, found["rows_per_s"], bar))
             best = found["taken_us"][found["rows_per_s"]["yardstick_name"]]
             lines.append(latency_row("  a call", found["taken_us"]["ours"], best))
+    lines += [rate_row("tcp, beside a peer", found["rows_per_s"]) for found in results["peers"].values()]
     return lines

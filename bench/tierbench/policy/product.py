@@ -13,7 +13,8 @@ from engram_client.arena.layout import LINE_BYTES, SMALL, WANTED, WAYS, ArenaGeo
 from engram_client.arena.read import count_read, find_way, mix, set_of, tag_of
 from tierbench.policy.compiled import simulator
 from tierbench.policy.traces import RecordTrace
-from tierstore.kernels.admit import ADMITTED, admit_record
+from tierstore.kernels.admit import ADMITTED, COUNTS, admit_record
+from tierstore.kernels.dueling import new_duel, note_eviction
 
 HINT, DEMAND = 0, 1  # bytes read by each
 
@@ -27,10 +28,11 @@ class Replay:
         index = self._memory.ctypes.data + -self._memory.ctypes.data % LINE_BYTES
         slots, ghosts = index + geometry.index_bytes, index + geometry.ghosts_at
         self._places = (index, slots, ghosts, geometry.sets, geometry.slot_bytes)
+        self.duel = new_duel(geometry.sets)
 
     def play(self, keys: np.ndarray, owners: np.ndarray, part_bytes: int) -> int:
         """Read the keys one after another, admit each that is missing; returns how many were there."""
-        return int(_replay(*self._places, keys, owners, part_bytes))
+        return int(_replay(*self._places, self.duel, keys, owners, part_bytes))
 
 
 def tierstore(trace: RecordTrace, capacity: int, hits: np.ndarray) -> None:
@@ -57,8 +59,8 @@ def hinted(trace: RecordTrace, capacity: int, window: int) -> tuple[float, float
 
 
 @simulator
-def _replay(index, slots, ghosts, sets, slot_bytes, keys, owners, part_bytes):
-    counts = np.zeros(2, np.int64)
+def _replay(index, slots, ghosts, sets, slot_bytes, duel, keys, owners, part_bytes):
+    counts = np.zeros(COUNTS, np.int64)
     state = SMALL | WANTED if part_bytes == HINT else SMALL
     for i in range(keys.size):
         h = mix(keys[i], owners[i])
@@ -68,5 +70,9 @@ def _replay(index, slots, ghosts, sets, slot_bytes, keys, owners, part_bytes):
         if way >= 0:
             count_read(line, way, part_bytes)
         else:
-            admit_record(index, slots, ghosts, sets, slot_bytes, 0, keys[i], owners[i], 0, state, counts, 0)
+            which = admit_record(
+                index, slots, ghosts, sets, slot_bytes, duel, 0, keys[i], owners[i], 0, state, counts, 0
+            )
+            if which >= 0:
+                note_eviction(duel, which, sets)
     return keys.size - counts[ADMITTED]

@@ -2,8 +2,9 @@
 
 `two_queues` is the policy of `tierstore.kernels.replacement` on plain arrays, with its choices as
 arguments: ways on trial, reads that pass the trial, ghosts a set, bits of their fingerprints (at
-most 12), reads counted in the main queue. With (3, 1, 16, 12, 5) it hits exactly where the arena
-does. Records are spread over the sets as the arena spreads them.
+most 12), reads counted in the main queue. With (3, 1, 16, 12, 4) it hits exactly where an arena does
+whose sets all stay neutral, with (1, 1, 16, 12, 4) all eager, with (4, 2, 16, 12, 4) all patient.
+Records are spread over the sets as the arena spreads them.
 """
 
 from __future__ import annotations

@@ -39,14 +39,15 @@ CLASSICAL: dict[str, Policy] = {
 BOUNDS: dict[str, Policy] = {"pinned": _numbered(pinned), "belady": _numbered(belady)}
 OURS: dict[str, Policy] = {"tierstore": tierstore}
 # What else an arena could do: ways on trial, reads that pass, ghosts, bits of each, reads counted.
+# The last three are the stances that duel, each alone.
 CANDIDATES: dict[str, Policy] = {
     "set-clock": _in_sets(set_clock),
-    "no-ghosts": _in_sets(two_queues, 3, 1, 0, 12, 5),
-    "8-ghosts": _in_sets(two_queues, 3, 1, 8, 12, 5),
-    "8-bit-ghosts": _in_sets(two_queues, 3, 1, 16, 8, 5),
-    "trial-2": _in_sets(two_queues, 2, 1, 16, 12, 5),
-    "trial-4": _in_sets(two_queues, 4, 1, 16, 12, 5),
-    "two-reads": _in_sets(two_queues, 3, 2, 16, 12, 5),
+    "no-ghosts": _in_sets(two_queues, 3, 1, 0, 12, 4),
+    "8-ghosts": _in_sets(two_queues, 3, 1, 8, 12, 4),
+    "8-bit-ghosts": _in_sets(two_queues, 3, 1, 16, 8, 4),
+    "neutral": _in_sets(two_queues, 3, 1, 16, 12, 4),
+    "eager": _in_sets(two_queues, 1, 1, 16, 12, 4),
+    "patient": _in_sets(two_queues, 4, 2, 16, 12, 4),
 }
 POLICIES = {**CLASSICAL, **BOUNDS, **OURS, **CANDIDATES}
 DEFAULT_POLICIES = (*CLASSICAL, *BOUNDS, *OURS, "set-clock")

@@ -11,11 +11,13 @@ import pytest
 from tierbench import cli
 from tierbench.policy.bounds import belady
 from tierbench.policy.classical import clock, lru, sieve
-from tierbench.policy.product import hinted, tierstore
+from tierbench.policy.product import DEMAND, Replay, hinted, tierstore
 from tierbench.policy.s3fifo import s3_fifo
 from tierbench.policy.sets import two_queues
 from tierbench.policy.traces import RecordTrace, in_turn, with_scans, zipf_trace
 from tierbench.policy.wtinylfu import w_tinylfu
+
+from tierstore.kernels.dueling import EAGER, NEUTRAL, PASSING_READS, PATIENT, STANCE, TRIAL_WAYS
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +103,38 @@ def test_belady_finds_the_optimum_of_small_traces() -> None:
         assert found.sum() == max(states.values())
 
 
-@pytest.mark.parametrize("capacity", [48, 320, 1600])
-def test_the_arena_hits_exactly_where_its_simulator_does(trace: RecordTrace, capacity: int) -> None:
-    ours, model = np.zeros(2, np.int64), np.zeros(2, np.int64)
-    tierstore(trace, capacity, ours)
-    two_queues(trace.ids, trace.keys, trace.owners, capacity, model, 3, 1, 16, 12, 5)
-    np.testing.assert_array_equal(ours, model)
+@pytest.mark.parametrize("capacity", [48, 320, 960])
+@pytest.mark.parametrize("stance", [NEUTRAL, EAGER, PATIENT])
+def test_the_arena_hits_exactly_where_its_simulator_does(
+    trace: RecordTrace, capacity: int, stance: int
+) -> None:
+    """So few sets have no duel: all of them keep the stance they are given."""
+    replay, model = Replay(capacity), np.zeros(2, np.int64)
+    replay.duel[STANCE] = stance
+    hits = replay.play(trace.keys[trace.ids], trace.owners[trace.ids], DEMAND)
+    choices = (TRIAL_WAYS[stance], PASSING_READS[stance], 16, 12, 4)
+    two_queues(trace.ids, trace.keys, trace.owners, capacity, model, *choices)
+    assert hits == model.sum()
+
+
+def test_independent_draws_make_the_arena_eager() -> None:
+    zipf = zipf_trace("zipf", 1.0, 1_000_000, 500_000, seed=3)
+    replay = Replay(16_000)
+    replay.play(zipf.keys[zipf.ids], zipf.owners[zipf.ids], DEMAND)
+    assert replay.duel[STANCE] == EAGER
+
+
+def test_reads_that_come_twice_soon_and_never_again_make_the_arena_patient() -> None:
+    """Beside records that are read again and again, but after long."""
+    random = np.random.default_rng(4)
+    loved = random.integers(0, 2**62, 12_000)
+    parts = []
+    for _ in range(60):
+        passing = random.integers(2**62, 2**63 - 1, 4_000)
+        parts += [passing, passing, random.choice(loved, 4_000)]
+    keys, replay = np.concatenate(parts), Replay(16_000)
+    replay.play(keys, np.full(keys.size, 256), DEMAND)
+    assert replay.duel[STANCE] == PATIENT
 
 
 def test_what_is_hinted_is_found_and_read_once(trace: RecordTrace) -> None:

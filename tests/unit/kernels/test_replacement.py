@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from engram_client.arena.layout import (
     WAYS,
     ArenaGeometry,
 )
+from tierstore.kernels.dueling import CLEAR, EAGER, EARLY_CLEAR, NEUTRAL, PATIENT, STANCE, new_duel, verdict
 from tierstore.kernels.replacement import PATIENCE
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.dram import Arena
@@ -42,26 +44,30 @@ class ModelSet:
     arrivals: list[int] = field(default_factory=list)  # both queues, oldest first
     ghosts: deque[int | None] = field(default_factory=lambda: deque(maxlen=16))
     admitted: int = 0
+    trial: int = 3  # ways
+    passing: int = 1  # reads
 
     def read(self, key: int, hint: bool) -> bool:
         if key not in self.reads:
             return False
         if hint or key not in self.awaited:
-            self.reads[key] = min(1 if key in self.small else 5, self.reads[key] + 1)
+            self.reads[key] = min(2 if key in self.small else 4, self.reads[key] + 1)
         if hint:
             self.awaited.add(key)
         else:
             self.awaited.discard(key)
         return True
 
-    def admit(self, key: int, fingerprint: dict[int, int], hint: bool) -> None:
+    def admit(self, key: int, fingerprint: dict[int, int], hint: bool) -> bool:
+        """Whether another record had to leave."""
         if key in self.reads:
-            return
+            return False
         known = fingerprint[key] in self.ghosts
         if known:  # the newest of equal fingerprints is forgotten
             place = len(self.ghosts) - 1 - list(self.ghosts)[::-1].index(fingerprint[key])
             self.ghosts[place] = None
-        if len(self.reads) == 16:
+        evicts = len(self.reads) == 16
+        if evicts:
             victim = self.victim()
             for where in (self.small, self.main, self.arrivals):
                 if victim in where:
@@ -75,6 +81,7 @@ class ModelSet:
         self.admitted += 1
         if hint:
             self.awaited.add(key)
+        return evicts
 
     def victim(self) -> int:
         if self.admitted % 32 == 0 and self.awaited:
@@ -84,9 +91,9 @@ class ModelSet:
             main = [key for key in self.main if key not in self.awaited]
             if not small and not main:
                 return self.arrivals[-1]
-            trial = len(small) >= 3 or not main
+            trial = len(small) >= self.trial or not main
             oldest = small[0] if trial else main[0]
-            if self.reads[oldest] == 0:
+            if self.reads[oldest] < (self.passing if trial else 1):
                 return oldest
             (self.small if trial else self.main).remove(oldest)
             self.reads[oldest] = 0 if trial else self.reads[oldest] - 1
@@ -95,10 +102,33 @@ class ModelSet:
             self.arrivals.append(oldest)
 
 
+TRIALS = {NEUTRAL: (3, 1), EAGER: (1, 1), PATIENT: (4, 2)}  # ways, reads
+
+
 class Model:
+    """An arena. From 64 sets on, one in 16 plays eager and one in 16 patient, in turn."""
+
     def __init__(self, sets: int) -> None:
         self.sets = [ModelSet() for _ in range(sets)]
         self.fingerprint: dict[int, int] = {}
+        self.sides: dict[int, list[ModelSet]] = {EAGER: [], PATIENT: []}
+        self.evictions: list[ModelSet] = []
+        self.rates = {EAGER: Fraction(0), PATIENT: Fraction(0)}
+        self.verdicts, self.stance = 0, NEUTRAL
+        self.take_sides()
+
+    def take_sides(self) -> None:
+        sided = 16 * (len(self.sets) // 16) if len(self.sets) >= 64 else 0
+        turn = self.verdicts // 32
+        self.sides = {
+            EAGER: self.sets[-turn % 16 : sided : 16],
+            PATIENT: self.sets[(8 - turn) % 16 : sided : 16],
+        }
+        for where in self.sets:
+            where.trial, where.passing = TRIALS[self.stance]
+        for side, members in self.sides.items():
+            for where in members:
+                where.trial, where.passing = TRIALS[side]
 
     def set_of(self, key: int) -> ModelSet:
         h = mixed(key, OWNER)
@@ -109,7 +139,29 @@ class Model:
         return self.set_of(key).read(key, hint)
 
     def admit(self, key: int, hint: bool) -> None:
-        self.set_of(key).admit(key, self.fingerprint, hint)
+        where = self.set_of(key)
+        if where.admit(key, self.fingerprint, hint) and self.sides[EAGER]:
+            self.evictions.append(where)
+            if len(self.evictions) == 8 * len(self.sets):
+                self.judge()
+
+    def judge(self) -> None:
+        """A quarter is forgotten each time at first, then so much that 65,536 evictions weigh."""
+        early = self.verdicts < 12
+        if self.verdicts < 32 or self.verdicts % 32 >= 4:
+            for side, members in self.sides.items():
+                lost = sum(any(where is member for member in members) for where in self.evictions)
+                forgotten = Fraction(1, 4) if early else Fraction(8 * len(members), 65_536)
+                self.rates[side] = self.rates[side] * (1 - forgotten) + Fraction(lost, len(members))
+            difference = (self.rates[PATIENT] - self.rates[EAGER]) * 2 / sum(self.rates.values())
+            better = EAGER if difference > 0 else PATIENT
+            if abs(difference) <= Fraction(225 if early else 75, 10_000):
+                unsure = abs(difference) < Fraction(25, 10_000) or self.stance != better
+                better = NEUTRAL if unsure else self.stance
+            self.stance = better
+        self.verdicts += 1
+        self.evictions.clear()
+        self.take_sides()
 
 
 def make_arena(sets: int) -> Arena:
@@ -148,6 +200,47 @@ def test_the_arena_keeps_what_the_model_keeps(batch: int, hinted_share: float) -
         admit(arena, wanted, wanted_soon=hint)
         for key in wanted.tolist():
             model.admit(key, hint)
+
+
+def test_the_duel_goes_as_the_model_says() -> None:
+    """First records that mostly come twice and never again, then independent draws."""
+    arena, model = make_arena(70), Model(70)
+    random, stances = np.random.default_rng(9), set()
+    for i, keys in enumerate(np.array_split(zipf_keys(3, 56_000, 6000), 400)):
+        passing = random.integers(0, 2**63 - 1, 100) if i < 60 else keys[:0]
+        for batch in (passing, passing, keys):
+            missing = read(arena, batch)
+            assert missing == {i for i, key in enumerate(batch.tolist()) if not model.read(key, False)}
+            wanted = batch[sorted(missing)]
+            admit(arena, wanted)
+            for key in wanted.tolist():
+                model.admit(key, False)
+            assert arena._duel[STANCE] == model.stance
+        stances.add(model.stance)
+    assert model.verdicts > 40
+    assert len(stances) > 1
+
+
+def test_a_verdict_wants_a_clear_difference_and_keeps_it_until_it_is_gone() -> None:
+    even = 1_000_000
+    assert verdict(even, even + 7_000, NEUTRAL, CLEAR) == NEUTRAL
+    assert verdict(even, even + 8_000, NEUTRAL, CLEAR) == EAGER
+    assert verdict(even, even + 8_000, NEUTRAL, EARLY_CLEAR) == NEUTRAL
+    assert verdict(even, even + 3_000, EAGER, CLEAR) == EAGER
+    assert verdict(even, even + 2_000, EAGER, CLEAR) == NEUTRAL
+    assert verdict(even, even + 3_000, PATIENT, CLEAR) == NEUTRAL
+    assert verdict(even + 8_000, even, EAGER, CLEAR) == PATIENT
+    assert verdict(0, 0, EAGER, CLEAR) == NEUTRAL
+
+
+def test_few_sets_stay_neutral_and_a_change_of_size_keeps_the_verdict() -> None:
+    arena = make_arena(100)
+    arena._duel[STANCE] = EAGER
+    arena.resize(ArenaGeometry(200, 8).total_bytes)
+    assert arena._duel[STANCE] == EAGER
+    arena.resize(ArenaGeometry(20, 8).total_bytes)
+    assert arena._duel[STANCE] == NEUTRAL
+    assert new_duel(63).sum() < new_duel(64).sum()
 
 
 def test_a_scan_leaves_what_is_read_again() -> None:

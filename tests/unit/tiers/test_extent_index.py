@@ -25,7 +25,8 @@ def owners_of(keys: np.ndarray, owner: int = OWNER) -> np.ndarray:
 
 def hashes_of(geometry: ExtentGeometry, keys: np.ndarray, owners: np.ndarray) -> np.ndarray:
     """What the writer would hand to the index."""
-    pages = np.zeros((keys.size * geometry.parts, 512), np.uint64)
+    groups = -(-keys.size // geometry.group.records)
+    pages = np.zeros((groups * geometry.group.pages, 512), np.uint64)
     record = np.zeros(geometry.record_bytes, np.uint8)
     hashes = np.empty(keys.size, np.int64)
     pack_entries(
@@ -36,7 +37,7 @@ def hashes_of(geometry: ExtentGeometry, keys: np.ndarray, owners: np.ndarray) ->
 
 
 def test_the_index_knows_what_a_dict_knows() -> None:
-    geometry = ExtentGeometry(2112, 4000)
+    geometry = ExtentGeometry(2112, 2700)
     index, known = ExtentIndex(geometry, IDENTITIES), {}
     random = np.random.default_rng(3)
     following = geometry.slots
@@ -63,14 +64,15 @@ def test_the_index_knows_what_a_dict_knows() -> None:
 
 
 def test_a_record_that_is_overwritten_is_not_known() -> None:
-    geometry = ExtentGeometry(2112, 64)
+    geometry = ExtentGeometry(2112, 63)
     index, keys = ExtentIndex(geometry, IDENTITIES), np.arange(8)
     index.insert(hashes_of(geometry, keys, owners_of(keys)), geometry.slots, keys.size)
-    assert index.probe(keys, owners_of(keys), geometry.slots + 3).tolist() == [-1] * 3 + list(range(67, 72))
+    expected = [-1] * 3 + list(range(geometry.slots + 3, geometry.slots + 8))
+    assert index.probe(keys, owners_of(keys), geometry.slots + 3).tolist() == expected
 
 
 def test_other_generations_and_tables_that_are_not_kept_are_not_known() -> None:
-    geometry, keys = ExtentGeometry(2112, 64), np.arange(8)
+    geometry, keys = ExtentGeometry(2112, 63), np.arange(8)
     index = ExtentIndex(geometry, IDENTITIES)
     index.insert(hashes_of(geometry, keys, owners_of(keys)), geometry.slots, keys.size)
     for table in (2, 3):
@@ -82,34 +84,50 @@ def test_the_index_takes_a_hundredth_and_the_file_its_budget(record_bytes: int) 
     geometry = ExtentGeometry.within(64 << 20, record_bytes)
     assert geometry is not None
     assert geometry.file_bytes <= 64 << 20
-    assert geometry.file_bytes > (64 << 20) - geometry.parts * 4096 - 1
+    assert geometry.file_bytes > (64 << 20) - geometry.group_bytes
     assert ExtentIndex(geometry, IDENTITIES).total_bytes <= 0.01 * geometry.file_bytes
-    assert geometry.parts == (1 if record_bytes <= 4056 else -(-record_bytes // 4056))
 
 
-def test_no_two_records_lie_on_each_other() -> None:
-    for record_bytes in (100, 1280, 2112, 9000):
-        geometry = ExtentGeometry(record_bytes, 60)
-        sequences = np.arange(geometry.slots, 2 * geometry.slots)
-        pieces = geometry.pieces(sequences, np.zeros(sequences.size, np.int64))
-        starts = np.sort(pieces.pages * 4096 + pieces.page_offsets)
-        assert starts.size == geometry.slots * geometry.parts
-        assert (np.diff(starts) >= geometry.entry_bytes).all()
-        assert starts[0] == 4096
-        assert (starts % 4096 + geometry.entry_bytes <= 4088).all()
-        assert starts[-1] + geometry.entry_bytes <= geometry.file_bytes
+@pytest.mark.parametrize("record_bytes", [84, 100, 501, 1280, 2112, 4056, 4057, 9000, 70_001])
+def test_no_two_records_lie_on_each_other_and_each_is_whole(record_bytes: int) -> None:
+    geometry = ExtentGeometry(record_bytes, 5 * ExtentGeometry(record_bytes, 0).group.pages)
+    sequences = np.random.default_rng(2).permutation(np.arange(geometry.slots, 2 * geometry.slots))
+    pieces = geometry.pieces(sequences, np.arange(sequences.size) * record_bytes)
+    assert pieces.lengths is not None
+    starts = pieces.pages * 4096 + pieces.page_offsets
+    ends = starts + 32 + pieces.lengths
+    by_place = np.argsort(starts)
+    assert starts[by_place[0]] == 4096
+    assert ends.max() <= geometry.file_bytes
+    assert (starts[by_place[1:]] >= ends[by_place[:-1]]).all()
+    assert (starts % 8 == 0).all()
+    assert (pieces.page_offsets + 32 + pieces.lengths <= 4088).all()
+    by_target = np.argsort(pieces.targets)
+    targets, lengths = pieces.targets[by_target], pieces.lengths[by_target]
+    assert targets[0] == 0
+    assert np.array_equal(targets[1:], (targets + lengths)[:-1]), "every byte of the records, once"
+    assert targets[-1] + lengths[-1] == sequences.size * record_bytes
+    pages = pieces.pages[by_target]
+    assert (np.diff(pages)[targets[1:] % record_bytes != 0] == 1).all(), "a record's pages are adjacent"
 
 
-def test_small_records_share_pages() -> None:
-    assert ExtentGeometry(2112, 100).slots == 100
-    assert ExtentGeometry(1280, 100).slots == 300
-    assert ExtentGeometry(9000, 100).slots == 33
-    assert ExtentGeometry.within(8191, 2112) is None
+def test_records_are_cut_where_that_gains_more_than_it_costs() -> None:
+    def found(record_bytes: int) -> tuple[float, float]:
+        group = ExtentGeometry(record_bytes, 0).group
+        return group.records / group.pages, group.pages_per_record
+
+    assert found(2112) == pytest.approx((17 / 9, 25 / 17))
+    assert found(1280) == (3, 1)
+    assert found(4056) == (1, 1)
+    assert found(4057)[0] > 0.9
+    assert found(9000) == pytest.approx((4 / 9, 3))
+    assert ExtentGeometry.within(10 * 4096, 2112) == ExtentGeometry(2112, 9)
+    assert ExtentGeometry.within(10 * 4096 - 1, 2112) is None
 
 
 class TestSnapshot:
     def saved(self, folder: Path) -> tuple[Path, ExtentGeometry, np.ndarray]:
-        geometry, keys = ExtentGeometry(2112, 5000), np.arange(2000)
+        geometry, keys = ExtentGeometry(2112, 4500), np.arange(2000)
         index = ExtentIndex(geometry, IDENTITIES)
         index.insert(hashes_of(geometry, keys, owners_of(keys)), geometry.slots, keys.size)
         index.save(folder / "2112.index", UUID, geometry.slots + keys.size)
@@ -139,7 +157,7 @@ class TestSnapshot:
         with pytest.raises(FormatError):
             ExtentIndex(geometry, IDENTITIES).load(path, UUID[::-1])
         with pytest.raises(FormatError):
-            ExtentIndex(ExtentGeometry(2112, 5008), IDENTITIES).load(path, UUID)
+            ExtentIndex(ExtentGeometry(2112, 4509), IDENTITIES).load(path, UUID)
         path.write_bytes(path.read_bytes()[:-4096])
         with pytest.raises(FormatError):
             ExtentIndex(geometry, IDENTITIES).load(path, UUID)

@@ -13,6 +13,7 @@ import pytest
 import xxhash
 
 from engram_client.arena.layout import ORDER_BITS
+from tierstore.kernels.extent import FOREIGN, GOOD
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.extent_file import ExtentFile, open_extent, table_identities
 from tierstore.tiers.extent_index import ExtentIndex
@@ -72,25 +73,21 @@ def closing() -> Iterator[list[Made]]:
 def read_record(
     data: bytes, geometry: ExtentGeometry, uuid: bytes, sequence: int
 ) -> tuple[int, bytes, bytes]:
-    """Key, generation and bytes of a record, by the layout's description alone; checksums verified."""
-    slot, found = sequence % geometry.slots, b""
-    entry = 32 + -(-geometry.record_bytes // 8) * 8
-    per_page = max(1, 4088 // entry)
-    parts = -(-geometry.record_bytes // 4056)
-    for part in range(parts):
-        number = 1 + slot // per_page * parts + part
+    """Key, generation and bytes of a record, by the entries' description alone; checksums verified."""
+    size, found = geometry.record_bytes, b""
+    pieces = geometry.pieces(np.array([sequence]), np.zeros(1, np.int64))
+    for number, at, begin in zip(pieces.pages, pieces.page_offsets, pieces.targets, strict=True):
         page = data[number * 4096 : (number + 1) * 4096]
-        seed = xxhash.xxh64_intdigest(uuid + number.to_bytes(8, "little"))
+        seed = xxhash.xxh64_intdigest(uuid + int(number).to_bytes(8, "little"))
         assert xxhash.xxh64_intdigest(page[:4088], seed) == int.from_bytes(page[4088:], "little")
-        at = slot % per_page * entry
         assert page[at + 24] == 0
-        assert int.from_bytes(page[at + 25 : at + 28], "little") == part
-        assert int.from_bytes(page[at + 28 : at + 32], "little") == geometry.record_bytes
-        found += page[at + 32 : 4088 if parts > 1 else at + 32 + geometry.record_bytes]
-    return int.from_bytes(page[at : at + 8], "little"), page[at + 8 : at + 24], found[: geometry.record_bytes]
+        assert int.from_bytes(page[at + 25 : at + 28], "little") * 8 == begin == len(found)
+        assert int.from_bytes(page[at + 28 : at + 32], "little") == size
+        found += page[at + 32 : min(4088, at + 32 + size - len(found))]
+    return int.from_bytes(page[at : at + 8], "little"), page[at + 8 : at + 24], found
 
 
-@pytest.mark.parametrize(("record_bytes", "pages"), [(2112, 40), (1280, 40), (501, 40), (9000, 60)])
+@pytest.mark.parametrize(("record_bytes", "pages"), [(2112, 45), (1280, 40), (501, 40), (9000, 63)])
 def test_round_and_round(tmp_path: Path, closing: list[Made], record_bytes: int, pages: int) -> None:
     made = make(tmp_path, record_bytes, pages, buffer_bytes=256 << 10)
     closing.append(made)
@@ -112,14 +109,53 @@ def test_round_and_round(tmp_path: Path, closing: list[Made], record_bytes: int,
     assert (made.known(np.arange(g.slots // 2)) == -1).all(), "they were overwritten"
 
 
+def take(made: Made, keys: np.ndarray, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions taken, the bytes at every place, and fates."""
+    out = np.zeros((keys.size, made.file.geometry.record_bytes), np.uint8)
+    fates = np.full(keys.size, GOOD, np.uint8)
+    owners = np.full(keys.size, OWNER)
+    return made.writer.take(sequences, keys, owners, out.ctypes.data, fates), out, fates
+
+
+@pytest.mark.parametrize("record_bytes", [2112, 1280, 9000])
+def test_what_waits_to_be_written_can_be_had(tmp_path: Path, closing: list[Made], record_bytes: int) -> None:
+    made = make(tmp_path, record_bytes, 9 * 500, buffer_bytes=8 << 20)
+    closing.append(made)
+    keys = np.arange(10)  # too few to fill a buffer, so nobody writes them
+    made.offer(keys)
+    sequences = made.known(keys)
+    assert (sequences >= 0).all()
+    taken, out, fates = take(made, keys, sequences)
+    assert taken.tolist() == keys.tolist()
+    assert (fates == GOOD).all()
+    assert np.array_equal(out, content(keys, record_bytes))
+    made.writer.flush()
+    assert take(made, keys, sequences)[0].size == 0, "by now they are to be read"
+    assert (made.known(keys) == sequences).all()
+
+
+def test_what_waits_is_never_taken_for_another(tmp_path: Path, closing: list[Made]) -> None:
+    """As after a crash: an index that knows records which were never written."""
+    made = make(tmp_path, 2112, 4500, buffer_bytes=8 << 20)
+    closing.append(made)
+    keys = np.arange(10)
+    made.offer(keys)
+    strangers = np.array([100, 101, 102, 103])
+    sequences = made.known(keys)[[3, 9, 0, 0]] + [0, 1, 1000, -1]
+    taken, out, fates = take(made, strangers, sequences)
+    assert taken.tolist() == [0]
+    assert fates.tolist() == [FOREIGN, GOOD, GOOD, GOOD], "the others are to be read"
+    assert not out.any()
+
+
 def test_what_is_written_survives_a_restart_and_goes_on_behind_it(
     tmp_path: Path, closing: list[Made]
 ) -> None:
-    made = make(tmp_path, 2112, 400)
+    made = make(tmp_path, 2112, 405)
     made.offer(np.arange(100))
     made.writer.close()
     made.file.close()
-    again = make(tmp_path, 2112, 400)
+    again = make(tmp_path, 2112, 405)
     closing.append(again)
     before = again.known(np.arange(100))
     assert np.count_nonzero(before >= 0) >= 99
@@ -130,16 +166,16 @@ def test_what_is_written_survives_a_restart_and_goes_on_behind_it(
 
 
 def test_a_full_buffer_drops_and_counts(tmp_path: Path, closing: list[Made]) -> None:
-    made = make(tmp_path, 2112, 4000, buffer_bytes=256 << 10)  # 32 buffers of 2 records
+    made = make(tmp_path, 2112, 4050, buffer_bytes=256 << 10)  # 7 buffers of a group
     closing.append(made)
     keys = np.arange(2000)
     made.offer(keys)
     made.writer.flush()
     counts = made.counters.snapshot()
     assert counts["extent_dropped"] > 0
-    assert counts["extent_written"] >= 64
+    assert counts["extent_written"] >= 7 * 17
     assert counts["extent_written"] + counts["extent_dropped"] == keys.size
-    assert counts["extent_bytes_written"] == 4096 * counts["extent_written"]
+    assert counts["extent_bytes_written"] == 9 * 4096 * -(-counts["extent_written"] // 17)
 
 
 def test_the_allowance_is_what_was_configured() -> None:
@@ -168,18 +204,18 @@ def test_less_than_a_page_a_second_is_still_something() -> None:
 
 
 def test_nothing_is_written_beyond_the_allowance(tmp_path: Path, closing: list[Made]) -> None:
-    made = make(tmp_path, 2112, 4000, allowed=10 * 4096)
+    made = make(tmp_path, 2112, 4050, allowed=18 * 4096 + 1)  # two groups
     closing.append(made)
     made.offer(np.arange(100))
     made.writer.flush()
     counts = made.counters.snapshot()
-    assert (counts["extent_written"], counts["extent_dropped"]) == (10, 90)
+    assert (counts["extent_written"], counts["extent_dropped"]) == (34, 66)
 
 
 def test_a_disk_that_refuses_writes_is_said_once(
     tmp_path: Path, closing: list[Made], caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = make(tmp_path, 2112, 400)
+    made = make(tmp_path, 2112, 405)
     closing.append(made)
     os.close(made.file.write_fd)
     made.file.write_fd = os.open(made.file.path, os.O_RDONLY)  # every write fails: EBADF
