@@ -15,7 +15,7 @@ from engram_client.arrays import address_of
 from engram_client.deadline import Deadline
 from engram_client.errors import Cancelled
 from engram_client.spec import TableSpec
-from engram_client.transport.attachment import NO_COUNT, NO_MISSES, View, ViewKey, one_kind_of
+from engram_client.transport.attachment import NO_COUNT, NO_MISSES, Attachment, View, ViewKey, one_kind_of
 from engram_client.transport.base import HitPath, LookupRequest, PendingRows
 from engram_client.transport.grpc import GrpcTransport
 from engram_client.transport.handoff import NoSharedMemory
@@ -89,6 +89,12 @@ class SharedTransport:
         """Whether look-ups read shared memory now."""
         return self._link.attachment is not None
 
+    def _attachment(self) -> Attachment | None:
+        """What there is now; a forked child begins to look for one of its own."""
+        if not self._link.started:
+            self._link.start()
+        return self._link.attachment
+
     def list_tables(self) -> dict[str, TableSpec]:
         tables = self._remote.list_tables()
         self._link.start(FIRST_ATTEMPT_S)  # only now: there is a daemon
@@ -99,7 +105,7 @@ class SharedTransport:
 
     def start_lookup(self, request: LookupRequest, timeout_s: float | None) -> PendingRows | None:
         """Hits of a small batch are copied here and now; the daemon does the rest meanwhile."""
-        attachment = self._link.attachment
+        attachment = self._attachment()
         if attachment is None:
             return None
         view = attachment.view((request.table, request.generation, request.address, request.heads))
@@ -117,10 +123,8 @@ class SharedTransport:
         return self._remote.set_dram_budget(budget_bytes)
 
     def lookup(self, request: LookupRequest, out: np.ndarray, timeout_s: float | None) -> None:
-        attachment = self._link.attachment
+        attachment = self._attachment()
         if attachment is None:
-            if not self._link.started:  # in a forked child
-                self._link.start()
             self._remote.lookup(request, out, timeout_s)
             return
         view = attachment.view((request.table, request.generation, request.address, request.heads))
@@ -129,7 +133,7 @@ class SharedTransport:
             self._remote.lookup(request, out, deadline.remaining_s())
 
     def fetch(self, request: LookupRequest, entry_bytes: int, timeout_s: float | None) -> np.ndarray:
-        if self._link.attachment is None:
+        if self._attachment() is None:
             return self._remote.fetch(request, entry_bytes, timeout_s)
         out = np.empty((request.ids.shape[0], entry_bytes), np.uint8)
         self.lookup(request, out, timeout_s)

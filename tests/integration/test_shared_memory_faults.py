@@ -245,7 +245,7 @@ def test_a_thousand_connections_leave_nothing_behind(roomy: Daemon) -> None:
         assert eventually(lambda: mailboxes_of(roomy) <= 3)
     assert eventually(lambda: mailboxes_of(roomy) == 0)
     assert eventually(lambda: open_files(roomy) == theirs)
-    assert len(os.listdir("/proc/self/fd")) == ours
+    assert len(os.listdir("/proc/self/fd")) <= ours
     assert Path(f"/proc/{roomy.process.pid}/maps").read_text().count("\n") <= maps + 20
 
 
