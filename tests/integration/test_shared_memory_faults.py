@@ -128,7 +128,7 @@ def test_clients_that_are_killed_cost_nothing(packed: PackedStore, obedient: Dae
         obedient.ask("release")
         keys = random_keys(oracle, 20, seed=90)
         assert np.array_equal(table.lookup_ngrams(keys), oracle.lookup_ngrams(keys))
-        assert eventually(lambda: open_files(obedient) == start)
+        assert eventually(lambda: open_files(obedient) <= start)
         assert eventually(lambda: mailboxes_of(obedient) == 1)
         assert grown(client, before, "shm_refused")["shm_refused"] == 0
         assert attached(client)
@@ -244,7 +244,7 @@ def test_a_thousand_connections_leave_nothing_behind(roomy: Daemon) -> None:
         come_and_go()
         assert eventually(lambda: mailboxes_of(roomy) <= 3)
     assert eventually(lambda: mailboxes_of(roomy) == 0)
-    assert eventually(lambda: open_files(roomy) == theirs)
+    assert eventually(lambda: open_files(roomy) <= theirs)
     assert len(os.listdir("/proc/self/fd")) <= ours
     assert Path(f"/proc/{roomy.process.pid}/maps").read_text().count("\n") <= maps + 20
 
