@@ -111,6 +111,7 @@ def _transport(target: str) -> Transport:
 
 def _unix(path: str) -> Transport:
     from engram_client.transport.grpc import GrpcTransport
+    from engram_client.transport.shared import SharedTransport
 
     length = len(os.fsencode(os.path.abspath(path)))
     if length > SOCKET_PATH_BYTES_MAX:
@@ -118,7 +119,8 @@ def _unix(path: str) -> Transport:
             f"socket path {path!r} has {length} bytes; the system allows {SOCKET_PATH_BYTES_MAX}; "
             "choose a shorter one"
         )
-    return GrpcTransport(f"unix:{quote(os.path.abspath(path))}")  # to gRPC it is a URI
+    path = os.path.abspath(path)
+    return SharedTransport(path, GrpcTransport(f"unix:{quote(path)}"))  # to gRPC it is a URI
 
 
 def _tcp(target: str) -> Transport:

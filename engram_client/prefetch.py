@@ -26,6 +26,7 @@ import numpy as np
 
 from engram_client.deadline import Deadline
 from engram_client.errors import Cancelled, DeadlineExceeded, Overloaded, TierstoreError
+from engram_client.transport.base import PendingRows
 
 if TYPE_CHECKING:
     from engram_client.arrays import Array
@@ -37,9 +38,9 @@ class Handle:
     """Rows on their way. Made by `Table.prefetch` and `Table.prefetch_ngrams`."""
 
     def __init__(
-        self, reading: Future[np.ndarray], finish: Callable[[np.ndarray], Array], free: Callable[[], None]
+        self, reading: PendingRows, finish: Callable[[np.ndarray], Array], free: Callable[[], None]
     ) -> None:
-        self._reading = reading
+        self._reading: PendingRows = reading
         self._finish = finish
         self._free = weakref.finalize(self, free)
         self._free.atexit = False
@@ -75,8 +76,13 @@ class Handle:
     def cancel(self) -> None:
         """Give the rows up. A read that has begun ends in the background; its rows are dropped."""
         self._free()
-        self._reading = Future()
-        self._reading.cancel()
+        self._reading = _cancelled()
+
+
+def _cancelled() -> Future[np.ndarray]:
+    future: Future[np.ndarray] = Future()
+    future.cancel()
+    return future
 
 
 class Prefetcher:
@@ -89,7 +95,7 @@ class Prefetcher:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
-        self._open: set[Future[np.ndarray]] = set()
+        self._open: set[PendingRows] = set()
         self._closed = False
         self._waiting: OrderedDict[Future[np.ndarray], Read] = OrderedDict()
         self._threads: list[threading.Thread] = []
@@ -114,15 +120,26 @@ class Prefetcher:
         return Handle(reading, finish, lambda: self._give_up(reading))
 
     def ready(self, rows: np.ndarray) -> Handle:
-        """A handle on rows that are there already; raises as `start`, since it counts like the others."""
-        if self._pid != os.getpid():
-            self._begin()
+        """A handle of rows that are there already; raises as `start`, since it counts like the others."""
         reading: Future[np.ndarray] = Future()
         reading.set_result(rows)
+        handle = self.follow(lambda: reading, lambda rows: rows)
+        assert handle is not None, "it was begun"
+        return handle
+
+    def follow(
+        self, begin: Callable[[], PendingRows | None], finish: Callable[[np.ndarray], Array]
+    ) -> Handle | None:
+        """A handle of what `begin` has started elsewhere, None where it has not; else as `start`."""
+        if self._pid != os.getpid():
+            self._begin()
         with self._changed:
             self._check()
+            reading = begin()
+            if reading is None:
+                return None
             self._open.add(reading)
-        return Handle(reading, lambda rows: rows, lambda: self._give_up(reading))
+        return Handle(reading, finish, lambda: self._give_up(reading))
 
     def _check(self) -> None:
         if self._closed:
@@ -140,12 +157,13 @@ class Prefetcher:
         self._threads.append(thread)
         thread.start()
 
-    def _give_up(self, reading: Future[np.ndarray]) -> None:
+    def _give_up(self, reading: PendingRows) -> None:
         if self._pid != os.getpid():
             return  # a handle that a forked child inherited
         with self._changed:
             self._open.discard(reading)
-            self._waiting.pop(reading, None)
+            if isinstance(reading, Future):
+                self._waiting.pop(reading, None)
         reading.cancel()  # does nothing to a read that has begun or ended
 
     def _work(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ from engram_client.hashing import NgramHashMapping, inputs, recover_keys, row_id
 from engram_client.ids import check_keys, check_row_ids
 from engram_client.prefetch import Handle, Prefetcher
 from engram_client.spec import HashScheme, TableSpec
-from engram_client.transport.base import LookupRequest, Transport
+from engram_client.transport.base import HitPath, LookupRequest, PendingRows, Transport
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,7 @@ class Table:
         self._prefetcher = prefetcher
         self._client = client
         self._hit_path = transport.hit_path(spec)
+        self._hit_paths: dict[tuple[int, int] | None, HitPath | None] = {}  # to some of the heads
 
     def __repr__(self) -> str:
         return f"Table({self.spec.name!r}, generation={self.spec.generation!r})"
@@ -77,8 +79,9 @@ class Table:
         self, ngram_keys: Any, *, heads: slice | None = None, timeout: float | None = DEFAULT_TIMEOUT_S
     ) -> Array:
         """Rows of n-gram keys [..., orders]: uint8 [..., H, row_bytes], H = orders * heads."""
-        if self._hit_path is not None and heads is None and type(ngram_keys) is np.ndarray:
-            rows = self._hit_path(ngram_keys, None)
+        path = self._hit_path if heads is None else self._hit_path_to(heads)
+        if path is not None and type(ngram_keys) is np.ndarray:
+            rows = path(ngram_keys, None)
             if rows is not None:
                 return rows
         return like(self._read(self._by_ngrams(ngram_keys, heads), timeout), ngram_keys)
@@ -110,12 +113,12 @@ class Table:
         timeout: float | None = DEFAULT_TIMEOUT_S,
     ) -> None:
         """As `lookup_ngrams`, into the caller's uint8 buffer; undefined content if it raises."""
+        path = self._hit_path if heads is None else self._hit_path_to(heads)
         if (
-            self._hit_path is not None
-            and heads is None
+            path is not None
             and type(ngram_keys) is np.ndarray
             and type(out) is np.ndarray
-            and self._hit_path(ngram_keys, out) is not None
+            and path(ngram_keys, out) is not None
         ):
             return
         self._read_into(self._by_ngrams(ngram_keys, heads), out, timeout)
@@ -172,6 +175,13 @@ class Table:
                 "use lookup"
             )
         return self.spec.scheme
+
+    def _hit_path_to(self, heads: slice) -> HitPath | None:
+        """The hit path to some heads. Raises BadRequest where there are no such heads."""
+        chosen = self._heads(heads)
+        if chosen not in self._hit_paths:
+            self._hit_paths[chosen] = self._transport.hit_path(self.spec, chosen)
+        return self._hit_paths[chosen]
 
     def _heads(self, heads: slice | None) -> tuple[int, int] | None:
         if heads is None:
@@ -250,7 +260,14 @@ class Table:
         query = _kept(query)
         if is_tensor(ids):
             device_of = ids.new_empty(0)  # the kind and device, without keeping the ids alive
-            return self._prefetcher.start(
-                lambda: self._read(query, timeout), lambda rows: like(rows, device_of)
-            )
-        return self._prefetcher.start(lambda: self._read(query, timeout), lambda rows: rows)
+            return self._started(query, timeout, lambda rows: like(rows, device_of))
+        return self._started(query, timeout, lambda rows: rows)
+
+    def _started(self, query: _Query, timeout: float | None, finish: Callable[[np.ndarray], Array]) -> Handle:
+        """In the service, where the transport has a way; else in a thread of this process."""
+
+        def begin() -> PendingRows | None:
+            return self._transport.start_lookup(query.request, timeout) if query.request.ids.size else None
+
+        handle = self._prefetcher.follow(begin, lambda rows: finish(rows.reshape(query.shape)))
+        return handle or self._prefetcher.start(lambda: self._read(query, timeout), finish)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support.daemon import daemon  # noqa: F401
+from tests.support.shared_memory import obedient, reattaching_at_once, roomy  # noqa: F401
 from tests.support.stores import opened_store, packed  # noqa: F401
 
 settings.register_profile(

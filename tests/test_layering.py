@@ -21,6 +21,7 @@ SERVICE_LAYERS = (
     "packing",
     "tiers",
     "store",
+    "shm",
     "rpc",
     "daemon",
     "testing",

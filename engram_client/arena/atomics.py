@@ -213,14 +213,19 @@ load_byte, load_half, load_int, load_word = _load(8), _load(16), _load(32), _loa
 store_byte, store_half, store_int, store_word = _store(8), _store(16), _store(32), _store(64)
 
 
-@intrinsic
-def fetch_add(typingctx: Any, address: Any, amount: Any) -> Any:
-    """Add to an int64 in memory, whole; returns what was there before. Acquire and release."""
+def _fetch(operation: str) -> Any:
+    @intrinsic
+    def fetch(typingctx: Any, address: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.atomic_rmw(operation, _pointer(builder, args[0], _I64), args[1], "acq_rel")
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", _pointer(builder, args[0], _I64), args[1], "acq_rel")
+        return types.int64(types.int64, types.int64), codegen
 
-    return types.int64(types.int64, types.int64), codegen
+    return fetch
+
+
+# Change an int64 in memory, whole; what was there before comes back. Acquire and release.
+fetch_add, fetch_and, fetch_or = _fetch("add"), _fetch("and"), _fetch("or")
 
 
 @intrinsic

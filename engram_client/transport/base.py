@@ -30,6 +30,23 @@ class LookupRequest:
     heads: tuple[int, int] | None = None
 
 
+class PendingRows(Protocol):
+    """A look-up that somebody else works on."""
+
+    def done(self) -> bool:
+        """Whether `result` would return or raise at once."""
+
+    def result(self, timeout_s: float | None) -> np.ndarray:
+        """The rows, uint8 of any shape, an array of their own; may be called again.
+
+        Raises TimeoutError where they are not there in time (and may be waited for again), Cancelled
+        once it was cancelled or its client closed, and what `lookup` raises.
+        """
+
+    def cancel(self) -> bool:
+        """Give the rows up and free their memory; idempotent, from anywhere at any time."""
+
+
 HitPath = Callable[[np.ndarray, np.ndarray | None], np.ndarray | None]
 
 
@@ -55,11 +72,17 @@ class Transport(Protocol):
         `entry_bytes` are those that the rows of one id, or one line of n-gram keys, come to.
         """
 
-    def hit_path(self, spec: TableSpec) -> HitPath | None:
-        """A shorter way than `lookup` to whole records, where there is one.
+    def hit_path(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> HitPath | None:
+        """A shorter way than `lookup` to whole records, or these heads of them, where there is one.
 
         Called with n-gram keys and None, or a buffer for the rows, it returns rows uint8
         [..., H, row_bytes], or None for whatever it cannot answer whole.
+        """
+
+    def start_lookup(self, request: LookupRequest, timeout_s: float | None) -> PendingRows | None:
+        """Begin a look-up that needs no thread of this process; None where there is no such way now.
+
+        Takes microseconds. `request.ids` must not change meanwhile.
         """
 
     def prefetch(self, request: LookupRequest) -> bool:

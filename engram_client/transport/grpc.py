@@ -110,8 +110,11 @@ class GrpcTransport:
         reply = self._control(lambda calls: calls.set_budgets, message, RESIZE_TIMEOUT_S)
         return int(reply.dram_budget_bytes)
 
-    def hit_path(self, spec: TableSpec) -> None:
+    def hit_path(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> None:
         """Every look-up is a call."""
+
+    def start_lookup(self, request: LookupRequest, timeout_s: float | None) -> None:
+        """A look-up takes a thread."""
 
     def prefetch(self, request: LookupRequest) -> bool:
         per_entry = max(1, request.ids.size // max(1, request.ids.shape[0]))

@@ -49,11 +49,16 @@ class LocalTransport:
         self.lookup(request, out, timeout_s)
         return out
 
-    def hit_path(self, spec: TableSpec) -> HitPath | None:
+    def hit_path(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> HitPath | None:
+        if heads is not None:
+            return None
         path: HitPath | None = self._store.hit_path(spec.name, spec.generation)
         if path is None:
             return None
         return lambda keys, out: None if self._closed else path(keys, out)
+
+    def start_lookup(self, request: LookupRequest, timeout_s: float | None) -> None:
+        """A look-up takes a thread."""
 
     def prefetch(self, request: LookupRequest) -> bool:
         return bool(self._store.prefetch(request))

@@ -36,7 +36,7 @@ from tests.support.stores import (
 )
 from tierstore.cli import main
 
-SMALL = {"dram_budget_bytes": "2MiB", "nvme_staging_bytes": "2MiB", "nvme_read_threads": 4}
+SMALL = {"dram_budget_bytes": "2MiB", "nvme_staging_bytes": "2MiB", "nvme_read_threads": 4, "shm_workers": 8}
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -238,7 +238,7 @@ def test_a_second_signal_ends_it_at_once(packed: PackedStore, tmp_path: Path, im
 def test_overload_is_refused(packed: PackedStore, tmp_path: Path) -> None:
     """With every place taken by reads that hang, nothing piles up behind them."""
     folder, oracle = packed.copy_to(tmp_path), packed.oracles[V41]
-    settings = {**SMALL, "serve_concurrent_requests_max": 3, "serve_workers": 2}
+    settings = {**SMALL, "serve_concurrent_requests_max": 3, "serve_workers": 2, "shm_enabled": "false"}
     with running(simulated_command(folder, serve_unix=tmp_path / "s", **settings), tmp_path) as daemon:
         with connect(daemon.unix) as client, grpc.insecure_channel(daemon.unix) as channel:
             table, cached = client.table(V41), random_keys(oracle, 4, seed=9)

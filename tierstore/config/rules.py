@@ -12,6 +12,7 @@ from tierstore.config.schema import Config, Nvme, Serve
 from tierstore.config.units import format_bytes
 
 PAGE_BYTES = 4096
+MAILBOX_FIXED_BYTES = 80 << 10  # of a client, beside its response memory and its ring of touches
 EXTENT_INDEX_SHARE = 100  # the index of an extent takes at most this part of its bytes, in memory
 UNIX_PATH_BYTES_MAX = 107  # sun_path of Linux is 108 bytes with its closing zero
 
@@ -82,14 +83,23 @@ def _check_budgets(config: Config, memory: MemoryLimit, origins: Mapping[str, st
     if config.extent.budget_bytes:
         sizes["extent.write_buffer_bytes"] = config.extent.write_buffer_bytes
         sizes["extent.budget_bytes"] = config.extent.budget_bytes // EXTENT_INDEX_SHARE
+    if config.shm.enabled and config.serve.unix:
+        each_bytes = config.shm.response_bytes + config.shm.touch_ring_bytes + MAILBOX_FIXED_BYTES
+        sizes["shm.clients_max"] = config.shm.clients_max * each_bytes
     needed = sum(sizes.values())
     if needed <= memory.bytes:
         return
-    told = [f"{_at(key, origins)} = {format_bytes(size)}" for key, size in sizes.items()]
-    if config.extent.budget_bytes:
-        told[-1] = f"1 % of {_at('extent.budget_bytes', origins)} = {sizes['extent.budget_bytes']} bytes"
+    told = [_told(key, size, config, origins) for key, size in sizes.items()]
     raise ConfigError(
         f"{', '.join(told[:-1])} and {told[-1]} are more than this process may use: "
         f"expected at most {memory.bytes} bytes together ({memory.source}), got {needed}; "
         "lower them, or raise the limit"
     )
+
+
+def _told(key: str, size: int, config: Config, origins: Mapping[str, str]) -> str:
+    if key == "extent.budget_bytes":
+        return f"1 % of {_at(key, origins)} = {size} bytes"
+    if key == "shm.clients_max":
+        return f"{_at(key, origins)} = {config.shm.clients_max} clients with {format_bytes(size)}"
+    return f"{_at(key, origins)} = {format_bytes(size)}"

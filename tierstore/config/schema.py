@@ -133,6 +133,26 @@ class Serve(Section, frozen=True):
     ] = 10.0
 
 
+class Shm(Section, frozen=True):
+    section: ClassVar[str] = "shm"
+    enabled: Annotated[
+        bool, Meta(description="let processes of this machine read DRAM in place, beside serve.unix")
+    ] = True
+    clients_max: Annotated[
+        int, Meta(ge=1, le=1024, description="clients attached at once; more go by gRPC")
+    ] = 32
+    response_bytes: Annotated[
+        ByteSize, Meta(ge=64 * KIB, description="memory of each client for what it asks for and its rows")
+    ] = 8 * MIB
+    touch_ring_bytes: Annotated[
+        ByteSize, Meta(ge=4 * KIB, le=GIB, description="memory of each client to tell what it read")
+    ] = 64 * KIB
+    workers: Annotated[
+        int,
+        Meta(ge=1, le=1024, description="threads that read what clients miss; half of them for one client"),
+    ] = 4
+
+
 class Log(Section, frozen=True):
     section: ClassVar[str] = "log"
     level: Annotated[
@@ -149,11 +169,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     limits: Limits = msgspec.field(default_factory=Limits)
     prefetch: Prefetch = msgspec.field(default_factory=Prefetch)
     serve: Serve = msgspec.field(default_factory=Serve)
+    shm: Shm = msgspec.field(default_factory=Shm)
     log: Log = msgspec.field(default_factory=Log)
 
 
 SECTIONS: dict[str, type[Section]] = {
-    cls.section: cls for cls in (Dram, Nvme, Extent, Limits, Prefetch, Serve, Log)
+    cls.section: cls for cls in (Dram, Nvme, Extent, Limits, Prefetch, Serve, Shm, Log)
 }
 
 KEYS: dict[str, type[Section]] = {

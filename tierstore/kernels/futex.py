@@ -1,17 +1,11 @@
-"""Sleeping until a word in memory changes, and waking who sleeps (futex(2), within one process)."""
+"""Sleeping until a word in memory changes, and waking who sleeps, within this process."""
 
 from __future__ import annotations
 
-import platform
-
-from engram_client.arena.atomics import store_word
+from engram_client.arena.futex import EVERYBODY, NANOSECONDS, PRIVATE, futex_wait, futex_wake
 from engram_client.jit import inline_kernel
-from tierstore.kernels.libc import system_call
 
-FUTEX = {"x86_64": 202, "aarch64": 98}[platform.machine()]
-WAIT_PRIVATE, WAKE_PRIVATE = 128, 129
-EVERYBODY = 2**31 - 1
-NANOSECONDS = 1_000_000_000
+__all__ = ["EVERYBODY", "NANOSECONDS", "sleep_while", "wake"]
 
 
 @inline_kernel
@@ -20,12 +14,10 @@ def sleep_while(address, value, timeout_ns, timespec):
 
     May wake early for no reason. `timespec` is the address of 16 bytes of scratch.
     """
-    store_word(timespec, timeout_ns // NANOSECONDS)
-    store_word(timespec + 8, timeout_ns % NANOSECONDS)
-    system_call(FUTEX, address, WAIT_PRIVATE, value & 0xFFFFFFFF, timespec, 0, 0)
+    futex_wait(address, value, timeout_ns, timespec, PRIVATE)
 
 
 @inline_kernel
 def wake(address, sleepers):
     """Wake up to `sleepers` threads that sleep on `address`."""
-    system_call(FUTEX, address, WAKE_PRIVATE, sleepers, 0, 0, 0)
+    futex_wake(address, sleepers, PRIVATE)

@@ -1,8 +1,4 @@
-"""System calls from kernels, without the GIL.
-
-`ExternalFunction` is looked up by name when machine code is loaded, so kernels that use it can be
-cached. A failed call returns minus errno, as the kernel itself does.
-"""
+"""System calls of the service's kernels; a failed one returns minus errno."""
 
 from __future__ import annotations
 
@@ -10,27 +6,20 @@ from typing import Any
 
 from numba import types
 
-from engram_client.arena.atomics import load_int
+from engram_client.arena.system_call import last_errno, system_call
 from engram_client.jit import inline_kernel
+
+__all__ = ["EAGAIN", "EINTR", "EIO", "ETIMEDOUT", "pread", "system_call"]
 
 EINTR, EIO, EAGAIN, ETIMEDOUT = 4, 5, 11, 110
 
-_errno_location: Any = types.ExternalFunction("__errno_location", types.int64())
-_syscall: Any = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
 _pread: Any = types.ExternalFunction(
     "pread64", types.int64(types.int32, types.int64, types.uint64, types.int64)
 )
 
 
 @inline_kernel
-def system_call(number, a, b, c, d, e, f):
-    """syscall(2); minus errno where it failed."""
-    result = _syscall(number, a, b, c, d, e, f)
-    return result if result != -1 else -load_int(_errno_location())
-
-
-@inline_kernel
 def pread(fd, address, count, offset):
     """pread(2); minus errno where it failed."""
     result = _pread(fd, address, count, offset)
-    return result if result != -1 else -load_int(_errno_location())
+    return result if result != -1 else -last_errno()

@@ -1,7 +1,8 @@
-"""A grpc.aio server around a store: addresses, health, reflection, draining."""
+"""A grpc.aio server around a store: addresses, health, reflection, shared memory beside it, draining."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -16,6 +17,7 @@ from engram_client.client import SOCKET_PATH_BYTES_MAX
 from engram_client.errors import ConfigError
 from tierstore.config import Config
 from tierstore.rpc.service import SERVICE_NAME, MemoryService
+from tierstore.shm import SharedMemory, offer_shared_memory
 from tierstore.store import Store
 
 log = logging.getLogger(__name__)
@@ -33,7 +35,9 @@ class Server:
     """Serves one store until `stop`. Use from one event loop."""
 
     def __init__(self, store: Store) -> None:
+        self._store = store
         self._config: Config = store.config
+        self._shared: SharedMemory | None = None
         self._service = MemoryService(store)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=OPTIONS_FIXED)
@@ -56,6 +60,8 @@ class Server:
                 "for example --unix /run/tierstore.sock, or --tcp 127.0.0.1:7070"
             )
         await self._server.start()
+        if serve.unix:
+            self._shared = offer_shared_memory(self._store, os.path.abspath(serve.unix))
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     def _bind_unix(self, path: str) -> None:
@@ -100,8 +106,13 @@ class Server:
         `DELIVERY_S` to leave, and open streams end.
         """
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._service.drain(drain_timeout_s)
+        drains = [self._service.drain(drain_timeout_s)]
+        if self._shared is not None:
+            drains.append(asyncio.to_thread(self._shared.drain, drain_timeout_s))
+        await asyncio.gather(*drains)
         await self._server.stop(min(drain_timeout_s, DELIVERY_S))
+        if self._shared is not None:
+            await asyncio.to_thread(self._shared.close)
         self._service.close()
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:

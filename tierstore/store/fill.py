@@ -261,7 +261,7 @@ def read_scattered(
     part_at, part_bytes = access.part if out is not None else (0, 0)
     found = np.empty((positions.size, part_bytes), np.uint8)
     missing = np.zeros(positions.size, bool)
-    orders = positions % access.orders
+    orders = access.orders_of(positions)
     for order in range(access.orders):
         chosen = np.flatnonzero(orders == order)
         rows = np.empty((chosen.size, part_bytes), np.uint8)

@@ -18,7 +18,7 @@ from msgspec import structs
 
 from engram_client.arrays import address_of
 from engram_client.deadline import Deadline
-from engram_client.errors import BadRequest, BatchTooLarge, StorageError, UnknownTable
+from engram_client.errors import BadRequest, BatchTooLarge, IdOutOfRange, StorageError, UnknownTable
 from engram_client.spec import TableSpec
 from engram_client.transport.base import LookupRequest
 from tierstore.catalog import Catalog
@@ -140,6 +140,10 @@ class Store:
         self._extents.warm_up()
         self.counters.forget_lookups()
 
+    def arenas(self) -> dict[int, Arena]:
+        """What DRAM holds, by the bytes of its records."""
+        return self._dram.arenas()
+
     def tables(self) -> dict[str, TableSpec]:
         """Every table served, by name."""
         return {name: table.spec for name, table in self._tables.items()}
@@ -204,13 +208,34 @@ class Store:
         self, request: LookupRequest, access: Access, misses: np.ndarray, out: np.ndarray, deadline: Deadline
     ) -> None:
         """The part of `lookup` that reads: fill the entries `misses` of the request."""
-        ids = request.ids.reshape(-1)
+        self._read(access, request.ids.reshape(-1), misses, out, deadline)
+
+    def _read(
+        self, access: Access, ids: np.ndarray, misses: np.ndarray, out: np.ndarray, deadline: Deadline
+    ) -> None:
         try:
             with self._gate:
                 self._filler.fill(access, self._arena(access), ids, misses, out.ctypes.data, deadline)
         except Exception:
             self.counters.add(failed_lookups=1)
             raise
+
+    def lookup_entries(self, access: Access, ids: np.ndarray, out: np.ndarray, deadline: Deadline) -> None:
+        """Fill `out`, uint8 [n * part bytes], with rows of single entries, int64 [n].
+
+        For a reader of the shared arena, who has not found them there and has counted the look-up.
+        Raises IdOutOfRange, also for -1, and what `lookup` raises.
+        """
+        self._gate.check()
+        access.table.check_entries(ids, by_key=access.by_key)
+        if ids.min() < 0:
+            raise IdOutOfRange(f"table {access.table.spec.name!r}: a single entry cannot be -1")
+        misses, arena = np.arange(ids.size), self._arena(access)
+        if arena is not None:  # another request may have brought them meanwhile
+            misses = read_scattered(access, arena, ids, misses, out.ctypes.data)
+        self.counters.add(dram_hits=ids.size - misses.size, dram_misses=misses.size)
+        if misses.size:
+            self._read(access, ids, misses, out, deadline)
 
     def prefetch(self, request: LookupRequest) -> bool:
         """Read into DRAM, soon, what is not there; False where the hint was dropped."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -21,9 +22,9 @@ from tierstore.tiers.extent_group import group_for
 class Access:
     """How the entries of one request are found.
 
-    Entry i of a request has order i % orders. `cached` is False for single rows of a
-    record-addressed table: they are read from NVMe, because a copy beside the records would have to
-    share their budget.
+    Entry i of a request has order i % orders, or what `entry_orders` says. `cached` is False for single
+    rows of a record-addressed table: they are read from NVMe, because a copy beside the records would
+    have to share their budget.
     """
 
     table: ServedTable
@@ -32,6 +33,7 @@ class Access:
     rows_per_entry: int
     cached: bool
     part: tuple[int, int]  # first byte and length of what is copied out of an entry
+    entry_orders: np.ndarray | None = None  # int64 [n]
 
     @property
     def entry_bytes(self) -> int:
@@ -45,7 +47,11 @@ class Access:
 
     def owners(self, positions: np.ndarray) -> np.ndarray:
         """Owner of each entry, int64: which table and order its record belongs to."""
-        return self.table.owner + positions % self.orders
+        return self.table.owner + self.orders_of(positions)
+
+    def orders_of(self, positions: np.ndarray) -> np.ndarray:
+        """Order of each entry, int64."""
+        return positions % self.orders if self.entry_orders is None else self.entry_orders[positions]
 
     def row_ids(self, entries: np.ndarray, owners: np.ndarray) -> np.ndarray:
         """Row ids behind entries, int64 [n, rows_per_entry]."""
@@ -96,12 +102,26 @@ class ServedTable:
         self._check_shape(request, access)
         return access
 
+    def access_entries(
+        self, address: Literal["ngram", "row"], orders: np.ndarray, heads: tuple[int, int] | None
+    ) -> Access:
+        """How single entries are found, of which each says its order, int64 [n]. Raises BadRequest."""
+        none = np.empty((0, len(self.head_sizes)) if address == "ngram" else 0, np.int64)
+        access = self.access(LookupRequest(self.spec.name, self.spec.generation, address, none, heads))
+        if orders.size and not 0 <= orders.min() <= orders.max() < access.orders:
+            raise BadRequest(f"table {self.spec.name!r} has orders 0 to {access.orders - 1}; got others")
+        return replace(access, entry_orders=orders)
+
     def check_ids(self, request: LookupRequest) -> None:
         """Raises IdOutOfRange. No such id is ever cached, so hits need no check: they are not it."""
-        if request.address == "ngram":
-            check_keys(request.ids, self.spec.name)
+        self.check_entries(request.ids, by_key=request.address == "ngram")
+
+    def check_entries(self, ids: np.ndarray, *, by_key: bool) -> None:
+        """Raises IdOutOfRange."""
+        if by_key:
+            check_keys(ids, self.spec.name)
         else:
-            check_row_ids(request.ids, self.spec.rows, self.spec.name)
+            check_row_ids(ids, self.spec.rows, self.spec.name)
 
     def _check_generation(self, generation: str) -> None:
         if generation != self.spec.generation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 
@@ -40,6 +41,11 @@ NAMES = (
     "extent_written",  # records
     "extent_dropped",  # records not written: the buffer was full, or the allowance used up
     "extent_bytes_written",  # indices included
+    "shm_clients",  # that were attached
+    "shm_requests",  # for rows that clients did not find in the arena themselves
+    "shm_refused",  # of these: what no client of ours would ask for
+    "shm_touches",  # reads of clients that were counted
+    "shm_touches_lost",  # overwritten in the ring, or of records that are gone
     "nvme_rows",
     "nvme_pages",  # distinct pages wanted
     "nvme_reads",  # read operations
@@ -59,6 +65,7 @@ class Counters:
         self._lock = threading.Lock()
         self._totals = dict.fromkeys(NAMES, 0)
         self.hit_totals = np.zeros(3, np.int64)  # look-ups, keys, masked: kernels add to these without a lock
+        self.collect: Callable[[], object] = lambda: None  # adds what others have counted until now
 
     def add(self, **amounts: int) -> None:
         with self._lock:
@@ -72,6 +79,7 @@ class Counters:
             self.hit_totals[:] = 0
 
     def snapshot(self) -> dict[str, int]:
+        self.collect()
         with self._lock:
             totals = dict(self._totals)
         lookups, keys, masked = self.hit_totals.tolist()

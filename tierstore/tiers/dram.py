@@ -54,6 +54,7 @@ class Arena:
         self._resizing = threading.Lock()
         self._collapsing = Collapsing()
         self._records = 0
+        self.on_change: Callable[[], None] = lambda: None  # called when `regions` has changed
         self._admitted = self._returned = self._pages = 0  # since the last tally
 
     @property
@@ -64,6 +65,11 @@ class Arena:
         """Where all records are, to be kept while it is read by address; None while they move."""
         region = self._region
         return region if self._old is None else None
+
+    def regions(self) -> tuple[Region, ...]:
+        """Where records are: in one region, or while they move in the new one and then the old one."""
+        with self._writing:
+            return (self._region, self._old) if self._old else (self._region,)
 
     def read(
         self,
@@ -156,10 +162,14 @@ class Arena:
                 self._old, self._region = self._region, Region(geometry)
                 self._records = 0
                 fit_duel(self._duel, geometry.sets)
+            self.on_change()
             self._move_records(self._old, self._region)
+            old = self._old
             with self._writing:
                 self._old = None
                 self._note(np.zeros(COUNTS, np.int64))
+            self.on_change()
+            old.free()
 
     def _move_records(self, old: Region, new: Region) -> None:
         counts = np.zeros(COUNTS, np.int64)

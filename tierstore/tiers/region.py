@@ -1,7 +1,7 @@
 """The memory of one arena: a memfd with index, slots and ghosts, in huge pages where they can be had.
 
-A memfd can be handed to other processes, which anonymous memory cannot. It is born readable and writable
-for everybody, so it is made the owner's alone. Shared memory gets no huge pages by itself on most
+A memfd can be handed to other processes, which anonymous memory cannot; they get it for reading
+(tierstore/tiers/sealed.py). Shared memory gets no huge pages by itself on most
 systems; `collapse` asks for them afterwards, piece by piece, from a thread in the background: it
 costs about two seconds a GiB and makes look-ups 1.2 to 1.5 times as fast.
 """
@@ -9,15 +9,16 @@ costs about two seconds a GiB and makes look-ups 1.2 to 1.5 times as fast.
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import mmap
-import os
 import threading
 
 import numpy as np
 
 from engram_client.arena.layout import WAYS, ArenaGeometry
-from tierstore.tiers.mapping import HUGE_PAGE_BYTES, SharedMapping
+from engram_client.arena.mapping import HUGE_PAGE_BYTES
+from tierstore.tiers.sealed import SealedMemory
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ MADV_COLLAPSE = 25  # Linux 6.1; Python 3.11 has no name for it
 COLLAPSE_BYTES = 16 << 20  # a call; short enough to stop soon when the region is dropped
 COLLAPSE_TRIES, COLLAPSE_PAUSE_S = 10, 0.02  # of a piece that is being written
 _said_no_huge_pages = threading.Event()
+_numbers = itertools.count(1)
 
 
 class Region:
@@ -33,13 +35,9 @@ class Region:
     def __init__(self, geometry: ArenaGeometry) -> None:
         self.geometry = geometry
         size = -(-geometry.total_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-        fd = os.memfd_create("tierstore-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.fchmod(fd, 0o600)
-            os.ftruncate(fd, size)
-            self._map = SharedMapping(fd, size)
-        finally:
-            os.close(fd)
+        self.number = next(_numbers)  # of this region in this process
+        self.memory = SealedMemory("tierstore-arena", size)
+        self._map = self.memory.mapping
         self._bytes = np.asarray(self._map)
         self.index = self._map.address
         self.slots = self.index + geometry.index_bytes
@@ -81,6 +79,13 @@ class Region:
         first, last = -(-start // page) * page, (start + sets * set_bytes) // page * page
         if last > first:
             self._map.madvise(mmap.MADV_REMOVE, first, last - first)
+
+    def free(self) -> None:
+        """Give all memory back, also while others have it mapped; every set must have been emptied.
+
+        Who still reads it finds empty sets.
+        """
+        self._map.madvise(mmap.MADV_REMOVE, 0, self._map.size_bytes)
 
     def index_line(self, which: int) -> np.ndarray:
         """The 64 bytes of one set's index line, for tests and inspection."""

@@ -52,7 +52,10 @@ def run(args: argparse.Namespace) -> int:
     prepared = prepared_table(args.dir, args.rows_per_head)
     results: dict[str, Any] = {}
     with ExitStack() as stack:
-        daemon = stack.enter_context(running_daemon(prepared.store, dram_bytes=args.dram_bytes))
+        grpc_alone = {"shm.enabled": False}
+        daemon = stack.enter_context(
+            running_daemon(prepared.store, dram_bytes=args.dram_bytes, settings=grpc_alone)
+        )
         empty = stack.enter_context(running_empty_service())
         for transport in TRANSPORTS:
             client = stack.enter_context(connect(getattr(daemon, transport)))

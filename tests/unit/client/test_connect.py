@@ -22,7 +22,7 @@ def _do_not_wait_for_a_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
 def address(target: str) -> str:
     made: Any = connecting._transport(target)
     made.close()
-    return str(made._target)
+    return str(getattr(made, "_remote", made)._target)
 
 
 @pytest.mark.parametrize(("target", "expected"), [

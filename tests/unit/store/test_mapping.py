@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from engram_client.arena.layout import ArenaGeometry
+from engram_client.arena.mapping import HUGE_PAGE_BYTES, SharedMapping
 from tierstore.tiers import region
-from tierstore.tiers.mapping import HUGE_PAGE_BYTES, SharedMapping
 from tierstore.tiers.region import COLLAPSE_BYTES, COLLAPSE_TRIES, Region
 
 

@@ -24,19 +24,19 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class SharedMapping:
-    """All of a file, readable and writable, from a multiple of 2 MiB on; unmapped with this object.
+    """All of a file, from a multiple of 2 MiB on; unmapped with this object.
 
     numpy.asarray(mapping) is its bytes and keeps it alive.
     """
 
-    def __init__(self, fd: int, size_bytes: int) -> None:
-        """`size_bytes` is a multiple of HUGE_PAGE_BYTES. Raises OSError."""
-        assert size_bytes % HUGE_PAGE_BYTES == 0
+    def __init__(self, fd: int, size_bytes: int, *, writable: bool = True) -> None:
+        """`size_bytes` is a multiple of the page size. Raises OSError."""
+        assert size_bytes % mmap.PAGESIZE == 0
         self.size_bytes = size_bytes
-        self.address = _map_aligned(fd, size_bytes)
+        self.address = _map_aligned(fd, size_bytes, writable)
         weakref.finalize(self, _libc.munmap, self.address, size_bytes).atexit = False
         self.__array_interface__ = {
-            "data": (self.address, False),  # not read-only
+            "data": (self.address, not writable),
             "shape": (size_bytes,),
             "typestr": "|u1",
             "version": 3,
@@ -49,12 +49,13 @@ class SharedMapping:
             raise _last_error()
 
 
-def _map_aligned(fd: int, size_bytes: int) -> int:
+def _map_aligned(fd: int, size_bytes: int, writable: bool) -> int:
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     reserved = _map(None, size_bytes + HUGE_PAGE_BYTES, _PROT_NONE, private, -1)
     start = -(-reserved // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    protection = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
     try:
-        _map(start, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd)
+        _map(start, size_bytes, protection, mmap.MAP_SHARED | _MAP_FIXED, fd)
     except OSError:
         _libc.munmap(reserved, size_bytes + HUGE_PAGE_BYTES)
         raise
