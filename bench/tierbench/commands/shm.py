@@ -79,8 +79,8 @@ def _linked_copy(store: Path, copy: Path) -> Path:
 def _quiet(args: argparse.Namespace, unix: str, tcp: str, copy: Path) -> dict[str, Any]:
     sizes = (LAYERS, LAYERS * args.tokens, DIFFERENT)
     with ExitStack() as stack:
-        clients = [
-            stack.enter_context(client_process(unix, *sizes, args.seed + i)) for i in range(args.clients)
+        clients = [  # which read the same rows, as ranks of one engine do
+            stack.enter_context(client_process(unix, *sizes, args.seed)) for _ in range(args.clients)
         ]
         remote = stack.enter_context(client_process(tcp, *sizes, args.seed))
         local = WarmTable(copy, args.dram_bytes, sizes[1] * max(1, DIFFERENT // 64), args.seed)
@@ -91,7 +91,8 @@ def _quiet(args: argparse.Namespace, unix: str, tcp: str, copy: Path) -> dict[st
             "batch": _batch(args, first, local),
             "clients": _together(args, clients),
         }
-        found["misses"] = first.ask("misses") - before
+        if missed := first.ask("misses") - before:
+            raise DataCorrupt(f"{missed} records did not stay in DRAM; give --dram-bytes more")
         return found
 
 
