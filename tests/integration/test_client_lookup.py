@@ -234,8 +234,9 @@ def test_warmed_records_are_hits(client: Client, packed: PackedStore, name: str)
     before = client.stats()
     assert np.array_equal(table.lookup_ngrams(wanted), oracle.lookup_ngrams(wanted))
     after = client.stats()
-    assert after["dram_misses"] == before["dram_misses"]
-    assert after["nvme_reads"] == before["nvme_reads"]
+    # every 256th admission to a set gives up a hint, if there is one, for those whose reader never comes
+    assert after["dram_misses"] - before["dram_misses"] <= 2
+    assert after["nvme_reads"] - before["nvme_reads"] <= 2
     assert after["dram_hits"] > before["dram_hits"]
 
 

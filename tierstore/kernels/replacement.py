@@ -19,7 +19,8 @@ tag: 8 would take every sixteenth newcomer for an old acquaintance.
 A hint says what ordinary caches never know: that a record will be read. Such a record is *wanted*
 and passed over until its reader has come. Where a set holds nothing else, more is hinted than fits,
 and the newest goes, as it is the one read last. A hint whose reader never comes is forgotten in
-time: every 32nd admission to a set takes the mark from the oldest that bears it.
+time: every 32nd admission to a set takes the mark from the oldest that bears it where half of the set
+does, every 256th elsewhere, so that few fresh hints fall to this.
 
 All of this is written under the arena's lock. A reader that counts at the same moment may undo one
 change of one state, so places may repeat and queues be off by one: the loops below end whatever the
@@ -46,7 +47,8 @@ from engram_client.jit import inline_kernel
 from tierstore.kernels.dueling import PASSING_READS, TRIAL_WAYS
 
 STEPS_MAX = WAYS * (MAIN_READ - MAIN + 2)  # more than this only readers that count meanwhile could cause
-PATIENCE = 32  # admissions to a set between two hints that it gives up
+PATIENCE = 256  # admissions to a set between two hints that it gives up
+PATIENCE_CROWDED = 32  # the same where they hold half of the set
 
 
 @inline_kernel
@@ -72,13 +74,15 @@ def newest_way(line):
 
 
 @inline_kernel
-def give_up_oldest_hint(line):
-    oldest, oldest_place = -1, WAYS
+def give_up_oldest_hint(line, admissions):
+    """Let the oldest hint go, if after so many admissions it is time for it."""
+    hints, oldest, oldest_place = 0, -1, WAYS
     for way in range(WAYS):
         state = load_byte(line + STATES_AT + way)
+        hints += state & WANTED != 0
         if state & WANTED and state >> PLACE_SHIFT < oldest_place:
             oldest, oldest_place = way, state >> PLACE_SHIFT
-    if oldest >= 0:
+    if oldest >= 0 and (2 * hints >= WAYS or admissions % PATIENCE == 0):
         state = load_byte(line + STATES_AT + oldest)
         store_byte(line + STATES_AT + oldest, state & ~WANTED)
 
@@ -113,8 +117,9 @@ def choose_way(line, stance):
     for way in range(WAYS):
         if load_half(line + TAGS_AT + 2 * way) == 0:
             return way
-    if load_word(line + SEQUENCE_AT) // 2 % PATIENCE == 0:
-        give_up_oldest_hint(line)
+    admissions = load_word(line + SEQUENCE_AT) // 2
+    if admissions % PATIENCE_CROWDED == 0:
+        give_up_oldest_hint(line, admissions)
     trial_ways, passing = TRIAL_WAYS[stance], SMALL + PASSING_READS[stance]
     way = oldest_to_judge(line, trial_ways)
     for _ in range(STEPS_MAX):

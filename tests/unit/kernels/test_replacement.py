@@ -84,7 +84,7 @@ class ModelSet:
         return evicts
 
     def victim(self) -> int:
-        if self.admitted % 32 == 0 and self.awaited:
+        if self.awaited and self.admitted % (32 if len(self.awaited) >= 8 else 256) == 0:
             self.awaited.remove(next(key for key in self.arrivals if key in self.awaited))
         while True:
             small = [key for key in self.small if key not in self.awaited]
