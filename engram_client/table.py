@@ -265,9 +265,11 @@ class Table:
 
     def _started(self, query: _Query, timeout: float | None, finish: Callable[[np.ndarray], Array]) -> Handle:
         """In the service, where the transport has a way; else in a thread of this process."""
+        request = query.request
+        entry_bytes = math.prod(query.shape) // len(request.ids) if request.ids.size else 0
 
         def begin() -> PendingRows | None:
-            return self._transport.start_lookup(query.request, timeout) if query.request.ids.size else None
+            return self._transport.start_lookup(request, entry_bytes, timeout) if entry_bytes else None
 
         handle = self._prefetcher.follow(begin, lambda rows: finish(rows.reshape(query.shape)))
         return handle or self._prefetcher.start(lambda: self._read(query, timeout), finish)

@@ -79,7 +79,9 @@ class Transport(Protocol):
         [..., H, row_bytes], or None for whatever it cannot answer whole.
         """
 
-    def start_lookup(self, request: LookupRequest, timeout_s: float | None) -> PendingRows | None:
+    def start_lookup(
+        self, request: LookupRequest, entry_bytes: int, timeout_s: float | None
+    ) -> PendingRows | None:
         """Begin a look-up that needs no thread of this process; None where there is no such way now.
 
         Takes microseconds. `request.ids` must not change meanwhile.

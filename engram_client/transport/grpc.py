@@ -8,9 +8,11 @@ Unavailable. A channel does not survive a fork, so a child process makes its own
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import grpc
@@ -26,7 +28,7 @@ from engram_client.errors import (
     Unavailable,
 )
 from engram_client.spec import TableSpec
-from engram_client.transport.base import LookupRequest
+from engram_client.transport.base import LookupRequest, PendingRows
 from engram_client.wire import memory_pb2 as pb
 from engram_client.wire.convert import request_to_message, spec_from_message
 from engram_client.wire.framing import decode_rows
@@ -35,6 +37,7 @@ SERVICE = "/tierstore.v1.MemoryService/"
 ERROR_KEY = "tierstore-error"
 CALL_BYTES_MAX = 3 << 19  # rows in one reply; more go in equal parts, which are then near 1 MiB
 CALLS_AHEAD = 4  # calls of one look-up on the way at once
+PREFETCHES_AHEAD = 8  # calls of prefetches on the way at once; the daemon bounds what it has in work
 HINT_IDS_MAX = 1 << 17  # ids in one hint: near 1 MiB of request
 RECONNECT_S = 2.0
 BACKOFF_S = (0.01, 0.25)  # first and longest pause before trying again
@@ -84,6 +87,7 @@ class GrpcTransport:
     def __init__(self, target: str) -> None:
         self._target = target
         self._closed = False
+        self._ahead = threading.BoundedSemaphore(PREFETCHES_AHEAD)
         self._made = _Calls(target)
 
     @property
@@ -92,6 +96,7 @@ class GrpcTransport:
             raise Cancelled(f"the client of {self._target} is closed")
         if self._made.pid != os.getpid():
             self._made = _Calls(self._target)
+            self._ahead = threading.BoundedSemaphore(PREFETCHES_AHEAD)
         return self._made
 
     def list_tables(self) -> dict[str, TableSpec]:
@@ -113,8 +118,21 @@ class GrpcTransport:
     def hit_path(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> None:
         """Every look-up is a call."""
 
-    def start_lookup(self, request: LookupRequest, timeout_s: float | None) -> None:
-        """A look-up takes a thread."""
+    def start_lookup(
+        self, request: LookupRequest, entry_bytes: int, timeout_s: float | None
+    ) -> PendingRows | None:
+        """One call that gRPC's own threads see to; None for more than one, or while many are on the way."""
+        entries = request.ids.shape[0]
+        if _calls_for(entries, entries * entry_bytes) > 1 or not self._ahead.acquire(blocking=False):
+            return None
+        message, deadline = request_to_message(request), Deadline.after(timeout_s)
+        try:
+            call = self._start(message, deadline)
+        except BaseException:
+            self._ahead.release()
+            raise
+        call.add_done_callback(lambda _call: self._ahead.release())
+        return PendingCall(call, lambda: self._result(message, entries, entry_bytes, call, deadline))
 
     def prefetch(self, request: LookupRequest) -> bool:
         per_entry = max(1, request.ids.size // max(1, request.ids.shape[0]))
@@ -155,14 +173,19 @@ class GrpcTransport:
         self, request: LookupRequest, flat: np.ndarray, per_call: int, deadline: Deadline
     ) -> None:
         waiting: deque[tuple[pb.LookupRequest, np.ndarray, Any]] = deque()
+
+        def finish(message: pb.LookupRequest, rows: np.ndarray, call: Any) -> None:
+            entries, entry_bytes = rows.shape
+            rows[:] = self._result(message, entries, entry_bytes, call, deadline)
+
         try:
             for start, part in enumerate(_split(request, per_call)):
                 if len(waiting) == CALLS_AHEAD:
-                    self._finish(*waiting.popleft(), deadline)
+                    finish(*waiting.popleft())
                 message, rows = request_to_message(part), flat[start * per_call :][: part.ids.shape[0]]
                 waiting.append((message, rows, self._start(message, deadline)))
             while waiting:
-                self._finish(*waiting.popleft(), deadline)
+                finish(*waiting.popleft())
         finally:
             for _, _, call in waiting:
                 call.cancel()
@@ -173,7 +196,10 @@ class GrpcTransport:
         except ValueError:
             raise self._closed_meanwhile() from None
 
-    def _finish(self, message: pb.LookupRequest, rows: np.ndarray, call: Any, deadline: Deadline) -> None:
+    def _result(
+        self, message: pb.LookupRequest, entries: int, entry_bytes: int, call: Any, deadline: Deadline
+    ) -> np.ndarray:
+        """Wait for a call and, where nobody was there, for others in its place."""
         first = [call]
 
         def attempt() -> np.ndarray:
@@ -181,7 +207,8 @@ class GrpcTransport:
             reply: np.ndarray = again.result()
             return reply
 
-        rows[:] = self._checked(message, self._repeat_while_unavailable(attempt, deadline), *rows.shape)
+        reply = self._repeat_while_unavailable(attempt, deadline)
+        return self._checked(message, reply, entries, entry_bytes)
 
     def _checked(
         self, message: pb.LookupRequest, reply: np.ndarray, entries: int, entry_bytes: int
@@ -234,6 +261,28 @@ class GrpcTransport:
             self._closed = True
             if self._made.pid == os.getpid():
                 self._made.channel.close()
+
+
+class PendingCall:
+    """A call on its way. See `PendingRows`."""
+
+    def __init__(self, call: Any, take: Callable[[], np.ndarray]) -> None:
+        self._call = call
+        self._take = take
+
+    def done(self) -> bool:
+        return bool(self._call.done())
+
+    def result(self, timeout_s: float | None) -> np.ndarray:
+        with suppress(grpc.RpcError, grpc.FutureCancelledError):  # `take` tells what became of it
+            try:
+                self._call.result(timeout_s)
+            except grpc.FutureTimeoutError:
+                raise TimeoutError from None
+        return self._take()
+
+    def cancel(self) -> bool:
+        return bool(self._call.cancel())
 
 
 def _calls_for(entries: int, rows_bytes: int) -> int:

@@ -57,7 +57,7 @@ class LocalTransport:
             return None
         return lambda keys, out: None if self._closed else path(keys, out)
 
-    def start_lookup(self, request: LookupRequest, timeout_s: float | None) -> None:
+    def start_lookup(self, request: LookupRequest, entry_bytes: int, timeout_s: float | None) -> None:
         """A look-up takes a thread."""
 
     def prefetch(self, request: LookupRequest) -> bool:

@@ -103,14 +103,16 @@ class SharedTransport:
     def describe_table(self, name: str) -> TableSpec:
         return self._remote.describe_table(name)
 
-    def start_lookup(self, request: LookupRequest, timeout_s: float | None) -> PendingRows | None:
+    def start_lookup(
+        self, request: LookupRequest, entry_bytes: int, timeout_s: float | None
+    ) -> PendingRows | None:
         """Hits of a small batch are copied here and now; the daemon does the rest meanwhile."""
         attachment = self._attachment()
         if attachment is None:
-            return None
+            return self._remote.start_lookup(request, entry_bytes, timeout_s)
         view = attachment.view((request.table, request.generation, request.address, request.heads))
         if view is None:
-            return None
+            return self._remote.start_lookup(request, entry_bytes, timeout_s)
         return start_reading(view, request, timeout_s, self._remote.lookup)
 
     def prefetch(self, request: LookupRequest) -> bool:
