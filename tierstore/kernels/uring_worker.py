@@ -51,6 +51,9 @@ SQE_BYTES, CQE_BYTES = 64, 16
 EBUSY = 16
 
 
+SENT_AT_ONCE = 4  # reads in one call; with as many as have just ended, the disk would idle until all are sent
+
+
 @inline_kernel
 def run_bytes(job, run):
     return load_word(load_word(job + PAGE_COUNTS) + 8 * run) * PAGE_BYTES
@@ -113,7 +116,7 @@ def drive_ring_until_stopped(table, places, ring, depth):
     scratch = np.zeros(2, np.int64)
     while True:
         epoch = load_acquire(table + EPOCH)
-        while free_count > 0:
+        while free_count > 0 and unsent < SENT_AT_ONCE:
             place, run = claim_run(table, places, start)
             if place < 0:
                 break
@@ -129,7 +132,8 @@ def drive_ring_until_stopped(table, places, ring, depth):
                 return 0
             sleep_while(table + EPOCH, epoch, IDLE_NS, scratch.ctypes.data)
             continue
-        sent = system_call(IO_URING_ENTER, ring[RING_FD], unsent, 1, GET_EVENTS, 0, 0)
+        wait_for = 0 if free_count > 0 and unsent >= SENT_AT_ONCE else 1  # there may be more to send
+        sent = system_call(IO_URING_ENTER, ring[RING_FD], unsent, wait_for, GET_EVENTS, 0, 0)
         if sent >= 0:
             unsent -= sent
         elif sent not in (-EINTR, -EAGAIN, -EBUSY):
