@@ -108,8 +108,8 @@ def test_live_restarts(capsys: pytest.CaptureFixture[str], data: Path) -> None:
     assert abs(restart["points_lost"]) < 1
     assert 0 < after["bytes_read_over_budget"] <= 1.1
     assert after["ready_s"] < after["first_lookup_s"]
-    asked_before = 3 * 64  # records that were looked up, so read, before the refill came to them
-    assert 0 <= after["records_restored"] - killed["records_restored_next"] <= asked_before
+    asked_before = 3 * 64  # records that were looked up, so read, before the refill came to them, in either
+    assert abs(after["records_restored"] - killed["records_restored_next"]) <= asked_before
     assert after["records_restored"] > 3 * asked_before
     assert (killed["rows_wrong"], killed["exit_code"]) == (0, 0)
     assert killed["rows_compared"] > 0
