@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import random
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -90,15 +91,16 @@ def run(args: argparse.Namespace) -> int:
 def _beside_fio(
     args: argparse.Namespace, prepared: PreparedTable, cold: ColdTable, engine: str, depth: int
 ) -> dict[str, Any]:
-    windows = itertools.count()
+    """Every window draws pages of its own, not another engine's or run's: those the host may have cached."""
+    first_window = random.randrange(1 << 30)
+    windows = itertools.count(first_window)
 
     def ours(callers: int) -> ColdSample:
-        return cold.window(callers, args.batch_rows, args.window_s, args.seed * 1000 + next(windows))
+        return cold.window(callers, args.batch_rows, args.window_s, next(windows))
 
     def fio() -> FioSample:
         first_byte = cold.geometry.first_page * 4096
-        seed = args.seed * 1000 + next(windows)
-        return fio_random_reads(prepared.row_file, engine, depth, args.window_s, first_byte, seed)
+        return fio_random_reads(prepared.row_file, engine, depth, args.window_s, first_byte, next(windows))
 
     ours(1)  # kernels are loaded, threads are there
     contenders: dict[str, Callable[[], Any]] = {f"callers_{n}": partial(ours, n) for n in args.callers}
@@ -107,7 +109,7 @@ def _beside_fio(
     samples = alternate(args.windows, contenders, f"cold rows, {engine}")
     yardstick = samples.pop("fio", [])
     found: dict[str, Any] = {name: _told(windows, yardstick) for name, windows in samples.items()}
-    return {**found, "fio": _fio_told(yardstick) if yardstick else None}
+    return {**found, "fio": _fio_told(yardstick) if yardstick else None, "first_window": first_window}
 
 
 def _answers(fio: Callable[[], FioSample]) -> bool:
