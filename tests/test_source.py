@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.source_tree import FOLDERS, ROOT, modules, python_files, reachable, relative, tree
@@ -71,6 +72,38 @@ def test_files_are_short() -> None:
         lines = len(path.read_text().splitlines())
         if lines > FILE_LINES_MAX:
             problems.append(f"{relative(path)}:{lines}: at most {FILE_LINES_MAX} lines; split it by idea")
+    assert not problems, "\n".join(problems)
+
+
+def addresses_that_outlive(function: ast.FunctionDef) -> Iterator[ast.Assign]:
+    """Assignments, outside of loops, of the address of an array that this function has made."""
+    looped = {
+        id(n) for loop in ast.walk(function) if isinstance(loop, ast.For | ast.While) for n in ast.walk(loop)
+    }
+    assigned = [n for n in ast.walk(function) if isinstance(n, ast.Assign)]
+    made = {
+        target.id
+        for assignment in assigned
+        if ast.unparse(assignment.value).startswith("np.")
+        for target in assignment.targets
+        if isinstance(target, ast.Name)
+    }
+    for assignment in assigned:
+        taken = re.findall(r"\b(\w+)\.ctypes\.data\b", ast.unparse(assignment.value))
+        if id(assignment) not in looped and made.intersection(taken):
+            yield assignment
+
+
+def test_kernels_keep_the_arrays_whose_addresses_they_use() -> None:
+    """numba frees an array after the last mention of its name; an address from before a loop dangles."""
+    problems = [
+        f"{relative(path)}:{assignment.lineno}: {ast.unparse(assignment)}; take the address where it is used"
+        for path in python_files()
+        if not relative(path).startswith("tests") and {"kernels", "arena"}.intersection(path.parts)
+        for function in ast.walk(tree(path))
+        if isinstance(function, ast.FunctionDef)
+        for assignment in addresses_that_outlive(function)
+    ]
     assert not problems, "\n".join(problems)
 
 

@@ -50,7 +50,6 @@ def read_run(job, run):
 def read_until_stopped(table, places, start):
     """Serve the job table until it stops; `start` spreads the workers over it."""
     scratch = np.zeros(2, np.int64)
-    timespec = scratch.ctypes.data
     while True:
         epoch = load_acquire(table + EPOCH)
         place, run = claim_run(table, places, start)
@@ -61,4 +60,5 @@ def read_until_stopped(table, places, start):
         elif load_acquire(table + STOPPING):
             return
         else:
+            timespec = scratch.ctypes.data  # taken here: numba frees an array after its last mention
             sleep_while(table + EPOCH, epoch, IDLE_NS, timespec)
