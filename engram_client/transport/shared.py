@@ -21,59 +21,28 @@ from engram_client.transport.grpc import GrpcTransport
 from engram_client.transport.handoff import NoSharedMemory
 from engram_client.transport.link import FIRST_ATTEMPT_S, Link
 from engram_client.transport.mailbox import Request
+from engram_client.transport.short_way import ShortWay
 from engram_client.transport.staged import start_reading
 
 REQUESTS_AHEAD = 2  # of one look-up on the way at once
-INT64, UINT8 = np.dtype(np.int64), np.dtype(np.uint8)
 
 
-class SharedHitPath:
-    """Call it with n-gram keys int64 [..., orders]: rows uint8 [..., H, row_bytes], or None.
-
-    With `out` the rows go there, if it is such an array; its content is undefined after a None.
-    """
+class SharedHitPath(ShortWay):
+    """The arena of a daemon on this machine; no short way while there is no attachment."""
 
     def __init__(self, link: Link, spec: TableSpec, heads: tuple[int, int] | None) -> None:
         assert spec.scheme is not None
+        start, stop = heads or (0, spec.scheme.heads)
+        super().__init__(spec.scheme.orders, spec.scheme.orders * (stop - start), spec.row_bytes)
         self._link = link
         self._key: ViewKey = (spec.name, spec.generation, "ngram", heads)
-        self._orders = spec.scheme.orders
-        start, stop = heads or (0, spec.scheme.heads)
-        self._heads = spec.scheme.orders * (stop - start)
-        self._row_bytes = spec.row_bytes
 
-    def __call__(self, keys: np.ndarray, out: np.ndarray | None = None) -> np.ndarray | None:
-        if keys.ndim != 2:
-            return self._reshaped(keys, out)
-        entries, orders = keys.shape
+    def _fill(self, keys: np.ndarray, rows: np.ndarray) -> bool:
         attachment = self._link.attachment
-        if attachment is None or orders != self._orders or entries == 0 or keys.dtype is not INT64:
-            return None
-        view = attachment.view(self._key)
+        view = attachment.view(self._key) if attachment is not None else None
         if view is None:
-            return None
-        shape = (entries, self._heads, self._row_bytes)
-        if out is None:
-            rows = np.empty(shape, np.uint8)
-        elif out.shape == shape and out.dtype is UINT8 and out.flags.carray:
-            rows = out
-        else:
-            return None
-        missed = read_shared(view.words, one_kind_of(keys), rows, NO_MISSES, NO_COUNT)
-        return rows if missed == 0 else None
-
-    def _reshaped(self, keys: np.ndarray, out: np.ndarray | None) -> np.ndarray | None:
-        """The same for keys of any other shape."""
-        shape = (*keys.shape[:-1], self._heads, self._row_bytes)
-        if keys.shape[-1:] != (self._orders,):
-            return None
-        if out is None:
-            rows = self(keys.reshape(-1, self._orders))
-            return None if rows is None else rows.reshape(shape)
-        if out.shape != shape or not out.flags.carray:  # reshaping would copy it
-            return None
-        rows = self(keys.reshape(-1, self._orders), out.reshape(-1, self._heads, self._row_bytes))
-        return None if rows is None else out
+            return False
+        return bool(read_shared(view.words, one_kind_of(keys), rows, NO_MISSES, NO_COUNT) == 0)
 
 
 class SharedTransport:

@@ -26,7 +26,8 @@ from tierbench.cold_reads import ColdSample, ColdTable, DistinctPages
 from tierbench.delivery import add_common_arguments, count_list, deliver, rate_row
 from tierbench.prepared import PreparedTable, prepared_table
 from tierbench.record import compare, summarize
-from tierbench.yardsticks.engramdb_cold import EngramDbFile, installed_version
+from tierbench.yardsticks.engramdb_cold import EngramDbFile
+from tierbench.yardsticks.engramdb_fetch import installed_version
 from tierbench.yardsticks.fio import FioSample, fio_random_reads, fio_version
 from tierbench.yardsticks.lmdb_get import LmdbRows
 from tierbench.yardsticks.memmap import forget_cached_pages, memmap_rows

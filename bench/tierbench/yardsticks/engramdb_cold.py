@@ -8,23 +8,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tierbench.yardsticks.engramdb_fetch import MODULE, SHARD, write_shard
 from tierbench.yardsticks.memmap import forget_cached_pages
-
-PACKAGE, MODULE, SHARD = "engramdb-python", "engramdb", "shard_000.bin"
-
-
-def installed_version() -> str | None:
-    """The installed EngramDB's version, or None."""
-    try:
-        return metadata.version(PACKAGE)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 class EngramDbFile:
@@ -35,11 +26,7 @@ class EngramDbFile:
         self._folder = folder
         self._engramdb: Any = import_module(MODULE)
         self._shape = (rows, row_bytes)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        with open(folder / SHARD, "wb") as shard:
-            for part in parts:
-                part.tofile(shard)
+        write_shard(folder, parts)
 
     def read(self, numbers: list[int], threads: int) -> np.ndarray:
         """Rows uint8 [n, row_bytes]; the file's cached pages are dropped first."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from engram_client.errors import DataCorrupt
 from tierbench.alternate import Step
 
-PACKAGE, MODULE = "engramdb-python", "engramdb"
+PACKAGE, MODULE, SHARD = "engramdb-python", "engramdb", "shard_000.bin"
 BATCHES_MAX = 8  # its ids are lists of Python's numbers, made beforehand
 
 
@@ -30,17 +31,23 @@ def installed_version() -> str | None:
         return None
 
 
+def write_shard(folder: Path, parts: Iterable[np.ndarray]) -> None:
+    """Make `folder` anew, a store of one shard; `parts` are its rows in order, each uint8 [n, row_bytes]."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with open(folder / SHARD, "wb") as shard:
+        for part in parts:
+            part.tofile(shard)
+        os.fsync(shard.fileno())  # or it is written out while others are measured
+
+
 class EngramDbRows:
     """A store of one shard, with the bytes of `table` uint8 [N, row_bytes]. Needs the package."""
 
     def __init__(self, folder: Path, table: np.ndarray) -> None:
         self._folder = folder
         self._engramdb: Any = import_module(MODULE)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        with open(folder / "shard_000.bin", "wb") as shard:  # and so into the page cache
-            table.tofile(shard)
-            os.fsync(shard.fileno())  # or it is written out while others are measured
+        write_shard(folder, [table])  # and so into the page cache
 
     def step(
         self, table: np.ndarray, batches: np.ndarray, rows_per_record: int, threads: int, first: int = 0

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from engram_client.errors import DataCorrupt, Unavailable
+from tierbench.yardsticks.engramdb_fetch import write_shard
 
 Fetch = Callable[[np.ndarray], np.ndarray]  # row ids int64 [tokens, H] of head-wise ids -> rows
 PATIENCE_S = 60.0
@@ -66,10 +67,7 @@ def running_engramdb(heads: int, rows_per_head: int, row_bytes: int) -> Iterator
     from engramdb.service_client import EngramDBClient
 
     with tempfile.TemporaryDirectory(prefix="tierbench-") as folder:
-        (table := Path(folder) / "rows").mkdir()
-        with (table / "shard_000.bin").open("wb") as file:
-            for head in range(heads):
-                peer_row(rows_per_head, head, row_bytes).tofile(file)
+        write_shard(Path(folder) / "rows", (peer_row(rows_per_head, h, row_bytes) for h in range(heads)))
         with _process("engramdb", folder) as port, EngramDBClient("127.0.0.1", port, PATIENCE_S) as client:
             base = np.arange(heads, dtype=np.int64) * rows_per_head
             sizes = {"shards": 1, "rows_per_shard": heads * rows_per_head, "width": row_bytes}
