@@ -34,6 +34,8 @@ COMMAND_LINES = ("tierstore/cli.py", "tierstore/commands/", "bench/")
 TORCH = (
     "engram_client/arrays.py",  # the client's callers hand it tensors
     "engram_client/dequantize.py",
+    "engram_client/hashing/device.py",
+    "engram_client/hashing/mapping.py",  # within `on_device`
     "engram_client/modules/",
     "tierstore/devices/gds",
     "tierstore/tiers/hbm",

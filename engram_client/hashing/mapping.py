@@ -14,7 +14,7 @@ put -1 over the keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,11 @@ from engram_client.hashing.rows import row_ids_from_keys
 from engram_client.hashing.schemes import check_scheme, engram_schemes, ple_scheme
 from engram_client.spec import HashScheme
 from engram_client.tokenizer import vocabulary_digest
+
+if TYPE_CHECKING:
+    import torch
+
+    from engram_client.hashing.device import DeviceHashMapping
 
 _NO_HISTORY = np.zeros((0, 0), dtype=np.int64)
 _NO_FOLD = np.zeros(0, dtype=np.int64)
@@ -147,6 +152,18 @@ class NgramHashMapping:
     def lookback(self, batch: int = 1) -> Lookback:
         """Fresh decode state for `batch` sequences; it serves all layers."""
         return Lookback(batch, self.max_ngram_size - 1, self.raw_vocab_size)
+
+    def on_device(self, device: torch.device | str) -> DeviceHashMapping:
+        """The same hashing for token ids that are torch tensors on `device`; needs torch.
+
+        It never waits for the device. Raises what torch raises where there is no such device.
+        """
+        import torch
+
+        from engram_client.hashing.device import DeviceHashMapping
+
+        limits = {layer: tuple(numbers.tolist()) for layer, numbers in self._limits.items()}
+        return DeviceHashMapping(self._schemes, limits, self._fold, torch.empty(0, device=device).device)
 
     def ngram_keys(
         self, token_ids: Any, layer_id: int, dead: Any = None, *, lookback: Lookback | None = None
