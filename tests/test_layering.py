@@ -36,6 +36,7 @@ TORCH = (
     "engram_client/dequantize.py",
     "engram_client/hashing/device.py",
     "engram_client/hashing/mapping.py",  # within `on_device`
+    "engram_client/hbm/",
     "engram_client/modules/",
     "tierstore/devices/gds",
     "tierstore/tiers/hbm",

@@ -30,15 +30,14 @@ from engram_client.step import Step
 
 
 class Hashing(Protocol):
-    """What `NgramHashMapping` offers: ids [B,T] to int64 keys [B,T,orders] or row ids [B,T,H]."""
+    """What `NgramHashMapping` offers: ids [B,T] to int64 keys [B,T,orders] or row ids [B,T,H].
 
-    def ngram_keys(
-        self, token_ids: Any, layer_id: int, dead: Any = None, *, lookback: Any = None
-    ) -> np.ndarray: ...
+    Arrays, or tensors on a device (`NgramHashMapping.on_device`).
+    """
 
-    def row_ids(
-        self, token_ids: Any, layer_id: int, dead: Any = None, *, lookback: Any = None
-    ) -> np.ndarray: ...
+    def ngram_keys(self, token_ids: Any, layer_id: int, dead: Any = None, *, lookback: Any = None) -> Any: ...
+
+    def row_ids(self, token_ids: Any, layer_id: int, dead: Any = None, *, lookback: Any = None) -> Any: ...
 
 
 class RowHandle(Protocol):
@@ -93,9 +92,16 @@ class EngramLookup:
         hash_ids = self.mapping.ngram_keys if by_key else self.mapping.row_ids
         names = hash_ids(token_ids, self.layer_id, dead, lookback=lookback)
         if dead is not None:
-            names = np.where(np.asarray(to_host(dead))[..., None], np.int64(-1), names)
+            names = _without(names, dead)
         handle = self.table.prefetch_ngrams(names) if by_key else self.table.prefetch(names)
         return PendingRows(self.table, handle, dead)
+
+
+def _without(names: Any, dead: Any) -> Any:
+    """Keys or row ids of -1 at dead positions, where the others are."""
+    if isinstance(names, Tensor):
+        return names.masked_fill(torch.as_tensor(dead, device=names.device).unsqueeze(-1), -1)
+    return np.where(np.asarray(to_host(dead))[..., None], np.int64(-1), names)
 
 
 class PendingRows:
