@@ -76,9 +76,19 @@ class HbmArena:
 
         Negative keys, keys that are here and repeated keys bring nothing in; the records of equal keys must
         be equal. With `pinned` they are never replaced, those that were here before included.
+
+        Where it fails, as for want of memory for its temporaries, the arena is empty afterwards: keys may
+        have been written whose records were not.
         """
         if not len(keys):
             return
+        try:
+            self._admit(keys, owners, records, pinned)
+        except BaseException:
+            self._index.clear()
+            raise
+
+    def _admit(self, keys: Tensor, owners: Tensor, records: Tensor, pinned: bool) -> None:
         slots, found = self._index.find(keys, owners)
         if pinned:  # before newcomers may take their slots
             self._index.pin(slots)
@@ -96,6 +106,16 @@ class HbmArena:
         memory is taken, too. Raises BadRequest and changes nothing.
         """
         index, records = self._made(budget_bytes)
+        try:
+            self._move(index, records)
+        except RuntimeError as error:
+            raise BadRequest(
+                f"{self.device} has no memory to move records to a budget of {budget_bytes} bytes: {error}"
+            ) from error
+        self._index, self._records, self.budget_bytes = index, records, budget_bytes
+
+    def _move(self, index: Index, records: Tensor) -> None:
+        """Copy what fits into an empty index and its records."""
         old, count = self._index, self.slots
         keys, owners, counts = (each[:-1].reshape(-1) for each in (old.keys, old.owners, old.counts))
         sets = torch.where(keys >= 0, set_of(keys, owners, index.sets), index.sets)
@@ -110,7 +130,6 @@ class HbmArena:
         for start in range(0, count, step):
             part = slice(start, start + step)
             records.index_copy_(0, slots[part], self._records.index_select(0, order[part]))
-        self._index, self._records, self.budget_bytes = index, records, budget_bytes
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, and what is held now; waits for the device."""

@@ -21,7 +21,7 @@ batch counts a record once however often it reads it, and a set takes at most `A
 newcomers a batch, in the order of owner and key; the rest stay out until they are asked for again.
 
 Not promised: the hit rate of the DRAM tier's policy. CLOCK with counts in sets lay up to 3 points
-behind it on Zipf and scans (docs/decisions/0006-replacement.md).
+behind the best policies on Zipf and scans (docs/decisions/0006-replacement.md).
 """
 
 from __future__ import annotations
@@ -99,6 +99,11 @@ class Index:
     @property
     def bytes(self) -> int:
         return sum(getattr(self, field.name).nbytes for field in fields(self))
+
+    def clear(self) -> None:
+        """Forget everything, the pinned too; takes no memory."""
+        self.keys.fill_(-1)
+        self.counts.zero_()
 
     def find(self, keys: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
         """Slots int64 [n], the zero slot where nothing was found, and found bool [n]."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from engram_client.errors import BadRequest
 from engram_client.hbm.arena import HbmArena
-from engram_client.hbm.index import INDEX_BYTES_PER_SET, rank_in_runs, set_of
+from engram_client.hbm.index import INDEX_BYTES_PER_SET, Index, rank_in_runs, set_of
 from tests.support import hbm_model
 from tests.support.hbm_model import WAYS, Model, Name
 
@@ -45,6 +47,10 @@ def tensors(names: list[Name]) -> tuple[torch.Tensor, torch.Tensor]:
 def as_tensor(records: list[bytes], record_bytes: int) -> torch.Tensor:
     joined = np.frombuffer(b"".join(records), np.uint8).copy()
     return torch.from_numpy(joined).reshape(len(records), record_bytes)
+
+
+def no_memory(*arguments: Any) -> None:
+    raise RuntimeError("no memory")
 
 
 def look_up(arena: HbmArena, names: list[Name]) -> list[bytes | None]:
@@ -159,6 +165,58 @@ def test_no_value_is_read_back() -> None:
     arena.resize(budget(24, 2))
     with pytest.raises(Exception, match="meta"):
         arena.stats()
+
+
+class TestFailures:
+    """What an operation that fails half-way leaves behind is never taken for a record."""
+
+    NAMES = [(key, 0) for key in range(40)]
+
+    def left(self, arena: HbmArena) -> int:
+        """Checks that all that is found is right; how much that is."""
+        found = look_up(arena, self.NAMES)
+        held = [(name, record) for name, record in zip(self.NAMES, found, strict=True) if record is not None]
+        assert all(record == record_of(name, 24) for name, record in held)
+        return len(held)
+
+    @pytest.mark.parametrize("successes", range(4))
+    def test_admission(self, monkeypatch: pytest.MonkeyPatch, successes: int) -> None:
+        arena, take, calls = made(24, 2), Index._take, 0
+
+        def failing(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > successes:
+                raise RuntimeError("no memory")
+            return take(*arguments)
+
+        for _ in range(3):
+            admit(arena, self.NAMES[:20])
+        with monkeypatch.context() as patch:
+            patch.setattr(Index, "_take", failing)
+            with pytest.raises(RuntimeError, match="no memory"):
+                admit(arena, self.NAMES, pinned=True)
+        assert self.left(arena) == 0
+        for _ in range(3):
+            admit(arena, self.NAMES)  # nothing is pinned or held any more
+        assert self.left(arena) > 20
+
+    def test_records_that_do_not_fit(self) -> None:
+        arena = made(24, 2)
+        admit(arena, self.NAMES[:6])
+        with pytest.raises((RuntimeError, IndexError)):
+            arena.admit(*tensors(self.NAMES), torch.zeros((3, 24), dtype=torch.uint8))
+        assert self.left(arena) == 0
+
+    def test_moving(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        arena = made(24, 2)
+        admit(arena, self.NAMES[:6])
+        held = self.left(arena)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "index_copy_", no_memory)
+            with pytest.raises(BadRequest, match="no memory to move"):
+                arena.resize(budget(24, 3))
+        assert self.left(arena) == held > 0
 
 
 class TestBuffers:
