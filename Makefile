@@ -4,6 +4,7 @@
 #   make test    lint, then every test
 #   make lint    ruff and mypy
 #   make bench   the committed benchmark records, anew (about an hour)
+#   make bench-gpu   those of the HBM tier, on a machine with a CUDA build of torch and a GPU
 #   make proto   the protobuf stub, after a change in proto/
 #   make clean   remove everything that these targets made
 #
@@ -11,7 +12,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench proto clean venv
+.PHONY: help demo test lint bench bench-gpu proto clean venv
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -51,6 +52,9 @@ test: lint
 
 bench: $(READY)
 	@$(BIN)/tierbench record --out bench/results
+
+bench-gpu: $(READY)
+	@$(BIN)/tierbench hbm --device cuda --record bench/results
 
 proto: $(READY)
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
