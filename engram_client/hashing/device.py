@@ -159,7 +159,8 @@ class DeviceLookback:
     def __init__(self, batch: int, span: int, vocab_size: int, device: torch.device) -> None:
         if batch < 0:
             raise BadRequest(f"a lookback needs a batch of >= 0 sequences, got {batch}")
-        self.ids = torch.full((batch, span), -1, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # a tensor of inference mode cannot be written outside of it
+            self.ids = torch.full((batch, span), -1, dtype=torch.int64, device=device)
         self._vocab_size = vocab_size
         self._places = torch.arange(span, device=device)
 

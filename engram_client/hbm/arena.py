@@ -42,7 +42,8 @@ class HbmArena:
         self.record_bytes = record_bytes
         self.device = device
         self._unit = next((unit for unit in _UNITS if record_bytes % unit.itemsize == 0), torch.uint8)
-        self._counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # tensors of inference mode cannot be written outside of it
+            self._counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
         self._index, self._records = self._made(budget_bytes)
         self.budget_bytes = budget_bytes
 
@@ -158,10 +159,11 @@ class HbmArena:
                 f"come in sets of {WAYS}, and the smallest arena takes {2 * set_bytes} bytes"
             )
         try:
-            index = Index.empty(sets, self.device)
-            shape = ((sets + 1) * WAYS, self.record_bytes // self._unit.itemsize)
-            records = torch.empty(shape, dtype=self._unit, device=self.device)
-            records[index.zero_slot].zero_()
+            with torch.inference_mode(False):
+                index = Index.empty(sets, self.device)
+                shape = ((sets + 1) * WAYS, self.record_bytes // self._unit.itemsize)
+                records = torch.empty(shape, dtype=self._unit, device=self.device)
+                records[index.zero_slot].zero_()
         except RuntimeError as error:
             raise BadRequest(
                 f"{self.device} has no {budget_bytes} bytes for an HBM budget; ask for less: {error}"

@@ -74,7 +74,9 @@ class HbmTable:
         self.device = arena.device
         self._table, self._arena = table, arena
         self._width = ids_per_line(table.spec)
-        self._owners = torch.arange(first_owner, first_owner + self._width, device=arena.device).short()
+        with torch.inference_mode(False):
+            owners = torch.arange(first_owner, first_owner + self._width, device=arena.device)
+            self._owners = owners.short()
 
     def lookup_ngrams(self, ngram_keys: Any, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> Tensor:
         """Rows of n-gram keys [..., orders]: uint8 [..., H, row_bytes], H = orders * heads."""
@@ -130,10 +132,9 @@ class HbmTable:
         """Rows uint8 [..., row_bytes] as a tensor [..., embedding_dim], where the rows are."""
         return self._table.dequantize(rows, dtype=dtype, index=index)
 
-    def take_in(self, out: Tensor, missing: _Missing, rows: Any) -> None:
+    def take_in(self, out: Tensor, missing: _Missing, rows: Tensor) -> None:
         """Put rows of `missing.lines` where they belong in `out`, and offer them to the tier."""
-        records = torch.as_tensor(rows).to(self.device, non_blocking=True)
-        records = records.reshape(-1, self.spec.record_bytes)
+        records = rows.to(self.device, non_blocking=True).reshape(-1, self.spec.record_bytes)
         source = torch.from_numpy(missing.source).to(self.device)
         out.view(-1, self.spec.record_bytes).index_copy_(0, missing.at, records.index_select(0, source))
         self._admit(missing.lines, records, pinned=False)
@@ -165,7 +166,8 @@ class HbmTable:
     def _fetch(self, lines: np.ndarray, timeout: float | None) -> Tensor:
         """Rows of lines of ids from the table, in host memory that a GPU can copy from while others work."""
         shape = (len(lines), self._width * self.spec.record_rows, self.spec.row_bytes)
-        rows = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        pinned = self.device.type == "cuda"
+        rows = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         if self.spec.addressing == "record":
             self._table.lookup_ngrams_into(lines, rows.numpy(), timeout=timeout)
         else:
@@ -224,7 +226,8 @@ class HbmTable:
         middle = (rows,) if self.spec.addressing == "record" else ()
         shape = (*ids.shape[:-1], *middle, self.spec.row_bytes)
         if out is None:
-            return torch.empty(shape, dtype=torch.uint8, device=self.device)
+            with torch.inference_mode(False):  # a handle may fill it elsewhere than where it was started
+                return torch.empty(shape, dtype=torch.uint8, device=self.device)
         if not is_tensor(out) or out.device != self.device or out.dtype != torch.uint8:
             raise BadRequest(f"out must be a uint8 tensor on {self.device}")
         if tuple(out.shape) != shape or not out.is_contiguous():
@@ -248,8 +251,8 @@ class HbmHandle:
         Raises DeadlineExceeded where they are late, and what the look-up raised.
         """
         if self._handle is not None and self._missing is not None:
-            rows = self._handle.wait(timeout=timeout)
-            self._table.take_in(self._out, self._missing, rows)
+            rows = np.asarray(self._handle.wait(timeout=timeout))
+            self._table.take_in(self._out, self._missing, torch.from_numpy(rows))
             self._handle = None
         return self._out
 

@@ -16,6 +16,7 @@ from engram_client.hashing import NgramHashMapping
 from engram_client.hbm import HbmTier
 from engram_client.hbm.table import distinct_lines
 from engram_client.modules import EngramLookup
+from tests.support.daemon import Daemon
 from tests.support.stores import (
     LARGE,
     PLAIN,
@@ -34,10 +35,17 @@ from tests.support.stores import (
 RECORD_BYTES = 8 * 264
 
 
-@pytest.fixture(scope="module")
-def client(packed: PackedStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    folder = packed.copy_to(tmp_path_factory.mktemp("hbm"))
-    with opened(folder, small_config(2 << 20)), connect(f"local:{folder}") as client:
+@pytest.fixture(scope="module", params=["local", "unix"])
+def client(
+    request: pytest.FixtureRequest, packed: PackedStore, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Client]:
+    if request.param == "local":
+        folder = packed.copy_to(tmp_path_factory.mktemp("hbm"))
+        with opened(folder, small_config(2 << 20)), connect(f"local:{folder}") as client:
+            yield client
+        return
+    daemon: Daemon = request.getfixturevalue("daemon")
+    with connect(daemon.unix) as client:
         yield client
 
 
@@ -178,6 +186,37 @@ def test_tokens_to_embeddings_without_leaving_the_device(client: Client) -> None
     for mask in (None, dead):
         expected = host_way.start(tokens, mask).wait(timeout=20)
         assert torch.equal(device_way.start(tokens, mask).wait(timeout=20), expected)
+
+
+def test_inside_and_outside_of_inference_mode(client: Client, packed: PackedStore) -> None:
+    """Engines make things in inference mode and use them outside of it, or the other way round."""
+    keys = random_keys(packed.oracles[V41], 20, seed=4)
+    expected = packed.oracles[V41].lookup_ngrams(keys)
+    with torch.inference_mode():
+        made_inside = tier_of(client, V41)
+        made_inside.resize(300_000)
+    made_outside = tier_of(client, V41)
+    for tier in (made_inside, made_outside):
+        for inference in (False, True, False):
+            with torch.inference_mode(inference):
+                assert np.array_equal(tier.table(V41).lookup_ngrams(keys).numpy(), expected)
+                tier.table(V41).pin(keys[:2])
+        tier.resize(400_000)
+    with torch.inference_mode():
+        handle = made_inside.table(V41).prefetch_ngrams(random_keys(packed.oracles[V41], 5, seed=5))
+    assert handle.wait(timeout=20).shape == (5, 24, 264)
+    assert made_inside.stats()["hbm_hits"] > 0
+
+
+def test_another_default_device_changes_nothing(client: Client, packed: PackedStore) -> None:
+    keys = random_keys(packed.oracles[V41], 20, seed=4)
+    with torch.device("meta"):
+        hot = tier_of(client, V41).table(V41)
+        for _ in range(2):
+            rows = hot.lookup_ngrams(keys)
+        prefetched = hot.prefetch_ngrams(keys[::-1].copy()).wait(timeout=20)
+    assert np.array_equal(rows.numpy(), packed.oracles[V41].lookup_ngrams(keys))
+    assert torch.equal(prefetched, rows.flip(0))
 
 
 class TestRefusals:

@@ -121,6 +121,17 @@ def test_lengths_and_indices_that_name_nothing_refuse_what_follows() -> None:
     assert state.ids.tolist() == [[REFUSED] * 2, [3, 4], [REFUSED] * 2]
 
 
+def test_a_lookback_made_in_inference_mode_serves_outside_of_it() -> None:
+    twin, tokens = small().on_device("cpu"), torch.tensor([[3, 4], [0, 5]])
+    with torch.inference_mode():
+        state = twin.lookback(2)
+        state.advance(tokens)
+    state.advance(tokens)
+    with torch.inference_mode():
+        state.reset(torch.tensor([True, False]))
+    assert state.ids.tolist() == [[-1, -1], [0, 5]]
+
+
 def test_ids_at_dead_positions_are_not_read() -> None:
     twin, dead = small().on_device("cpu"), torch.tensor([False, True, False])
     keys = twin.ngram_keys(torch.tensor([3, -7, 4]), 3, dead)
