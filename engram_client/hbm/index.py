@@ -13,15 +13,15 @@ zeros, which is what a search that finds nothing answers with; its second takes 
 written nowhere. So every operation has a shape that depends on the batch's alone, none reads a value
 back, and all may be captured in a CUDA graph.
 
-Replacement is CLOCK with counts, set by set. The hand goes round; where it meets a record that was read
-it takes one off the count, and the first that has none goes. Nobody walks here: with d the distance from
-the hand, the victim is the record with the least (count, d), that count is taken off all, and one more
-off those with a smaller d. That is where the walk would have ended. Unlike a walk record by record, a
-batch counts a record once however often it reads it, and a set takes at most `ADMISSIONS_PER_SET`
-newcomers a batch, in the order of owner and key; the rest stay out until they are asked for again.
+Replacement is CLOCK with counts, set by set. From the hand on, the first record with no reads goes, and the
+hand stops behind it; where a whole round finds none, each count loses one and the next round begins. So who
+was read is safe from newcomers that nobody reads, and ages only as others come to be read. Nobody walks
+here: the victim is the record with the least (count, distance from the hand), and its count is taken
+off all. Unlike a walk record by record, a batch counts a record once however often it reads it, and a set
+takes at most `ADMISSIONS_PER_SET` newcomers a batch, in the order of owner and key; the rest stay out
+until they are asked for again.
 
-Not promised: the hit rate of the DRAM tier's policy. CLOCK with counts in sets lay up to 3 points
-behind the best policies on Zipf and scans (docs/decisions/0006-replacement.md).
+Not promised: the hit rate of the DRAM tier's policy (docs/decisions/0020-hot-records-on-the-device.md).
 """
 
 from __future__ import annotations
@@ -187,6 +187,5 @@ def _victims(counts: Tensor, empty: Tensor, hands: Tensor) -> tuple[Tensor, Tens
     cost = torch.where(held, _NEVER, cost)
     lowest, way = cost.min(1)
     least = torch.div(lowest, WAYS, rounding_mode="floor")
-    passed = least.unsqueeze(1) + (distance < distance.gather(1, way.unsqueeze(1))).long()
-    moved = ~held & (least.unsqueeze(1) >= 0) & (least.unsqueeze(1) <= COUNT_MAX)
-    return way, least, torch.where(moved, counts - passed, counts).to(torch.int8)
+    rounds = torch.where(least <= COUNT_MAX, least, 0).clamp(min=0).unsqueeze(1)
+    return way, least, torch.where(held, counts, counts - rounds).to(torch.int8)

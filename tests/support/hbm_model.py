@@ -38,17 +38,17 @@ class Set:
         for step in range(WAYS):
             if self.ways[(self.hand + step) % WAYS] is None:
                 return (self.hand + step) % WAYS
-        if all(way.pinned or way.fresh for way in self.ways if way):
-            return None
-        while True:
-            at, self.hand = self.hand, (self.hand + 1) % WAYS
-            way = self.ways[at]
-            assert way is not None
-            if way.pinned or way.fresh:
-                continue
-            if way.count == 0:
-                return at
-            way.count -= 1
+        others = [way for way in self.ways if way and not way.pinned and not way.fresh]
+        while others:
+            for step in range(WAYS):
+                at = (self.hand + step) % WAYS
+                way = self.ways[at]
+                if way and way.count == 0 and not way.pinned and not way.fresh:
+                    self.hand = (at + 1) % WAYS
+                    return at
+            for way in others:
+                way.count -= 1
+        return None
 
 
 class Model:
