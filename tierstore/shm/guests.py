@@ -26,9 +26,10 @@ from tierstore.tiers.sealed import SealedMemory
 class Guest:
     """One attached client: its connection, its mailbox and what we know of it."""
 
-    def __init__(self, connection: socket.socket, geometry: MailboxGeometry) -> None:
+    def __init__(self, connection: socket.socket, user: int, geometry: MailboxGeometry) -> None:
         """Raises OSError where there is no memory for a mailbox."""
         self.connection = connection
+        self.user = user
         self.geometry = geometry
         self.memory = SealedMemory("tierstore-mailbox", geometry.total_bytes)
         self.mailbox = self.memory.mapping.address
@@ -78,13 +79,13 @@ class Guests:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._turn = 0
         self._set([])
 
     def _set(self, guests: list[Guest]) -> None:
         self._guests = guests
         self._mailboxes = np.array([guest.mailbox for guest in guests], np.int64)
         self._in_work = np.array([guest.in_work.ctypes.data for guest in guests], np.int64)
-        self._turn = 0
         self._taken = np.zeros(2, np.int64)
 
     def __iter__(self) -> Iterator[Guest]:
@@ -93,13 +94,20 @@ class Guests:
     def __len__(self) -> int:
         return len(self._guests)
 
+    def of_user(self, user: int) -> int:
+        """How many clients this user has attached."""
+        return sum(guest.user == user for guest in self._guests)
+
     def add(self, guest: Guest) -> None:
         with self._lock:
             self._set([*self._guests, guest])
 
     def remove(self, guest: Guest) -> None:
+        """Whose turn it is stays as it was: others may come and go as often as they like."""
         with self._lock:
-            self._set([other for other in self._guests if other is not guest])
+            left = [i for i, other in enumerate(self._guests) if other is not guest]
+            self._turn = sum(i < self._turn for i in left) % max(1, len(left))
+            self._set([self._guests[i] for i in left])
 
     def take_up(self, each_max: int) -> tuple[Guest, int, bool] | None:
         """A request to be served, its client and slot, and whether there are more; None without any."""
@@ -108,7 +116,7 @@ class Guests:
             if not found:
                 return None
             client, slot = self._taken.tolist()
-            self._turn = client + 1
+            self._turn = (client + 1) % len(self._guests)
             return self._guests[client], slot, found > 1
 
 

@@ -1,0 +1,121 @@
+"""What one client, or one user, can take from the others: places, the door, turns."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engram_client import connect
+from engram_client.arena.mailbox import PENDING_AT, MailboxGeometry
+from engram_client.transport import handoff
+from tests.support.daemon import Daemon, running, serve_command
+from tests.support.shared_memory import SMALL, attached
+from tests.support.stores import V41, PackedStore, eventually, random_keys
+from tierstore.shm.door import UNKNOWN_MAX, UNKNOWN_OF_ONE_USER_MAX
+from tierstore.shm.guests import Guest, Guests
+
+NOBODY = 65534
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="becoming another user takes root")
+
+
+@contextmanager
+def as_user(user: int) -> Iterator[None]:
+    """Connections made meanwhile are those of another user."""
+    before = os.geteuid()
+    os.seteuid(user)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+@pytest.fixture
+def public(packed: PackedStore, tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon with four places that every user of the machine may connect to."""
+    command = serve_command(packed.copy_to(tmp_path), serve_unix=tmp_path / "s", shm_clients_max=4, **SMALL)
+    with running(command, tmp_path) as daemon:
+        for parent in tmp_path.parents:
+            if parent.stat().st_uid == os.getuid() and parent != Path("/"):
+                parent.chmod(parent.stat().st_mode | 0o011)
+        for path in (tmp_path, tmp_path / "s", tmp_path / "s.shm"):
+            path.chmod(0o777)
+        yield daemon
+
+
+def at_the_door(daemon: Daemon) -> socket.socket:
+    stranger = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    stranger.settimeout(20)
+    stranger.connect(daemon.unix.removeprefix("unix:") + handoff.SUFFIX)
+    return stranger
+
+
+@needs_root
+def test_another_user_gets_his_share_of_places_and_no_more(
+    packed: PackedStore, public: Daemon, reattaching_at_once: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who is refused goes by gRPC, says so once however often it asks; the daemon as well."""
+    keys = random_keys(packed.oracles[V41], 5)
+    with ExitStack() as stack:
+        own = [stack.enter_context(connect(public.unix))]
+        with as_user(NOBODY), caplog.at_level(logging.WARNING, "engram_client"):
+            clients = [stack.enter_context(connect(public.unix)) for _ in range(3)]
+            assert [attached(client) for client in clients] == [True, True, False]
+            late = clients[-1]
+            assert eventually(lambda: late.stats()["shm_clients_refused"] > 2)
+            rows = late.table(V41).lookup_ngrams(keys)
+            assert np.array_equal(rows, packed.oracles[V41].lookup_ngrams(keys))
+            assert not attached(late)
+            assert "user 65534 has 2 of 4 places" in caplog.text
+            assert caplog.text.count("no shared memory") == 1
+        assert public.log.count("gets no shared memory") == 1
+        own.append(stack.enter_context(connect(public.unix)))
+        assert all(map(attached, own))
+
+
+@needs_root
+def test_silence_at_the_door_keeps_nobody_out(public: Daemon) -> None:
+    """One user's silent connections push out one another; others come in meanwhile."""
+    with ExitStack() as stack, as_user(NOBODY):
+        silent = [stack.enter_context(at_the_door(public)) for _ in range(UNKNOWN_OF_ONE_USER_MAX + 3)]
+        assert [connection.recv(1) for connection in silent[:3]] == [b""] * 3
+        for connection in silent[3:]:
+            connection.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                connection.recv(1)
+        with as_user(0), connect(public.unix) as client:
+            assert attached(client)
+
+
+def test_who_says_nothing_is_hung_up_on(public: Daemon) -> None:
+    with at_the_door(public) as silent:
+        assert silent.recv(1) == b""
+
+
+def test_turns_go_on_while_others_come_and_go() -> None:
+    """Whoever attaches and leaves again and again does not bring the turn back to the first in the list."""
+    geometry = MailboxGeometry.of(1 << 12, 1 << 16)
+
+    def guest(*slots: int) -> Guest:
+        made = Guest(socket.socket(), 0, geometry)
+        made._bytes[PENDING_AT : PENDING_AT + 8].view(np.int64)[0] = sum(1 << slot for slot in slots)
+        return made
+
+    greedy, modest, passing = guest(*range(8)), guest(3), guest()
+    guests = Guests()
+    for each in (passing, greedy, modest):
+        guests.add(each)
+    taken = []
+    for _ in range(3):
+        found = guests.take_up(each_max=8)
+        assert found is not None
+        taken.append(found[0])
+        guests.remove(passing)
+        guests.add(passing)
+    assert taken == [greedy, modest, greedy]
