@@ -1,4 +1,4 @@
-"""What one client, or one user, can take from the others: places, the door, turns."""
+"""What one client, or one user, can take from the others or from itself: places, the door, turns, memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ import pytest
 from engram_client import connect
 from engram_client.arena.mailbox import PENDING_AT, MailboxGeometry
 from engram_client.transport import handoff
+from engram_client.transport import mailbox as mailboxes
+from engram_client.transport.mailbox import KeptRows
 from tests.support.daemon import Daemon, running, serve_command
-from tests.support.shared_memory import SMALL, attached
+from tests.support.shared_memory import SMALL, attached, grown, mailbox_of
 from tests.support.stores import V41, PackedStore, eventually, random_keys
-from tierstore.shm.door import UNKNOWN_MAX, UNKNOWN_OF_ONE_USER_MAX
+from tierstore.shm.door import UNKNOWN_OF_ONE_USER_MAX
 from tierstore.shm.guests import Guest, Guests
 
 NOBODY = 65534
@@ -119,3 +121,60 @@ def test_turns_go_on_while_others_come_and_go() -> None:
         guests.remove(passing)
         guests.add(passing)
     assert taken == [greedy, modest, greedy]
+
+
+def test_kept_rows_leave_room_for_later_requests(packed: PackedStore, roomy: Daemon) -> None:
+    """Arrays that live long are copied out once memory is short, never change, and nothing goes by gRPC."""
+    oracle = packed.oracles[V41]
+    with connect(roomy.unix) as client:
+        table, keys, heads = client.table(V41), random_keys(oracle, 90, seed=300), slice(0, 2)
+        expected, before = oracle.lookup_ngrams(keys, heads), client.stats()
+        kept = [table.prefetch_ngrams(keys, heads=heads).wait(30) for _ in range(20)]
+        inside = [not rows.flags.owndata and isinstance(_memory_of(rows), KeptRows) for rows in kept]
+        assert inside[0]
+        assert not inside[-1]
+        fresh = random_keys(oracle, 300, seed=301)
+        assert np.array_equal(table.lookup_ngrams(fresh), oracle.lookup_ngrams(fresh))
+        for _ in range(3):
+            table.prefetch_ngrams(random_keys(oracle, 100, seed=302), heads=heads).wait(30)
+        counted = grown(client, before, "client_results_copied", "client_mailbox_busy")
+        assert counted == {"client_results_copied": inside.count(False) + 3, "client_mailbox_busy": 0}
+        assert all(np.array_equal(rows, expected) for rows in kept)
+        kept.clear()
+        assert isinstance(_memory_of(table.prefetch_ngrams(keys, heads=heads).wait(30)), KeptRows), (
+            "room again"
+        )
+
+
+def _memory_of(rows: np.ndarray) -> object:
+    """What owns the bytes of an array."""
+    owner: object = rows
+    while isinstance(owner, np.ndarray) and owner.base is not None:
+        owner = owner.base
+    return owner
+
+
+def test_no_room_is_said_once_and_counted(
+    packed: PackedStore, roomy: Daemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    oracle = packed.oracles[V41]
+    with connect(roomy.unix) as client:
+        table, mailbox, before = client.table(V41), mailbox_of(client), client.stats()
+        mailbox._taken[:] = b"\1" * len(mailbox._taken)
+        for seed in (310, 311):
+            keys = random_keys(oracle, 5, seed=seed)
+            assert np.array_equal(table.lookup_ngrams(keys), oracle.lookup_ngrams(keys))
+        assert grown(client, before, "client_mailbox_busy") == {"client_mailbox_busy": 2}
+        assert caplog.text.count("no room in the mailbox") == 1
+
+
+def test_a_look_up_makes_do_with_room_for_one_request(packed: PackedStore, roomy: Daemon) -> None:
+    """Its own first part gives the room for the next."""
+    oracle = packed.oracles[V41]
+    with connect(roomy.unix) as client:
+        table, mailbox, before = client.table(V41), mailbox_of(client), client.stats()
+        room = len(mailbox._taken) // mailboxes.SHARE
+        mailbox._taken[room:] = b"\1" * (len(mailbox._taken) - room)
+        keys = random_keys(oracle, 300, seed=320)
+        assert np.array_equal(table.lookup_ngrams(keys), oracle.lookup_ngrams(keys))
+        assert grown(client, before, "client_mailbox_busy") == {"client_mailbox_busy": 0}
