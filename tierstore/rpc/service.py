@@ -31,6 +31,7 @@ from tierstore.store.table import Access
 
 log = logging.getLogger(__name__)
 MESSAGE_CHARACTERS_MAX = 1000  # of an error; gRPC allows 8 KiB of metadata, and percent-encodes some
+MESSAGE_BYTES_MAX = 16 << 20  # of a request: 2^20 ids and their envelope fit
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["MemoryService"].full_name
 
 
@@ -67,7 +68,13 @@ class MemoryService:
         )
 
     async def list_tables(self, _request: pb.ListTablesRequest, _context: Any) -> pb.ListTablesResponse:
-        return pb.ListTablesResponse(tables=[spec_to_message(s) for s in self._store.tables().values()])
+        limits = pb.Limits(
+            request_ids_max=self._limits.request_ids_max,
+            reply_bytes_max=self._limits.request_reply_bytes_max,
+            message_bytes_max=MESSAGE_BYTES_MAX,
+        )
+        tables = [spec_to_message(spec) for spec in self._store.tables().values()]
+        return pb.ListTablesResponse(tables=tables, limits=limits)
 
     async def describe_table(
         self, request: pb.DescribeTableRequest, _context: Any

@@ -135,7 +135,9 @@ class SharedMemory:
             arenas.append(ArenaNote(note(new), note(old[0]) if old else None))
         tables = tuple(_table_note(table) for table in map(self._store.table, self._store.tables()))
         geometry = self._geometry
-        return Layout(tuple(arenas), tables, self._serving, geometry.touches, geometry.data_bytes), regions
+        ids_max = self._store.config.limits.request_ids_max
+        sizes = (geometry.touches, geometry.data_bytes, ids_max)
+        return Layout(tuple(arenas), tables, self._serving, *sizes), regions
 
     def drain(self, timeout_s: float) -> None:
         """End one-sided reads at once; give requests in work so long."""
