@@ -79,7 +79,10 @@ class MemoryService:
     async def describe_table(
         self, request: pb.DescribeTableRequest, _context: Any
     ) -> pb.DescribeTableResponse:
-        return pb.DescribeTableResponse(table=spec_to_message(self._store.table(request.table).spec))
+        """An unknown name makes the store look into its catalog, which is done in a thread."""
+        store, name = self._store, request.table
+        spec = store.table(name).spec if store.knows(name) else await asyncio.to_thread(store.describe, name)
+        return pb.DescribeTableResponse(table=spec_to_message(spec))
 
     async def stats(self, _request: pb.StatsRequest, _context: Any) -> pb.StatsResponse:
         return pb.StatsResponse(counters=self._store.stats())

@@ -65,6 +65,8 @@ class SharedMemory:
         store.counters.collect = self._ledger.collect
         for arena in store.arenas().values():
             arena.on_change = self._tell_everybody
+        store.on_tables = self._follow_tables
+        self._workers.follow_tables()  # should they have changed meanwhile
         self._door = Door(door, self._welcome)
 
     def _welcome(self, connection: socket.socket) -> Callable[[], None]:
@@ -112,6 +114,10 @@ class SharedMemory:
         finally:
             close_all(descriptors)
 
+    def _follow_tables(self) -> None:
+        self._workers.follow_tables()
+        self._tell_everybody()
+
     def _tell_everybody(self) -> None:
         with self._telling:
             for guest in self._guests:
@@ -149,6 +155,7 @@ class SharedMemory:
         self._word[0] = 0
         for arena in self._store.arenas().values():
             arena.on_change = lambda: None
+        self._store.on_tables = lambda: None
         self._workers.close()
         self._door.close()
         self._ledger.close()
