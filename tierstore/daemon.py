@@ -64,6 +64,8 @@ async def _follow_news(store: Store, news: asyncio.Event) -> None:
             log.info("SIGHUP: taken up: %s", ", ".join(taken) or "nothing new")
         except TierstoreError as error:
             log.error("SIGHUP: the tables stay as they are: %s", error)
+        except Exception:
+            log.exception("SIGHUP: the tables stay as they are")
 
 
 async def _leave(release: Callable[[], None], timeout_s: float) -> None:

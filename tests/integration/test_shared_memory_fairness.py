@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -40,15 +41,18 @@ def as_user(user: int) -> Iterator[None]:
 
 @pytest.fixture
 def public(packed: PackedStore, tmp_path: Path) -> Iterator[Daemon]:
-    """A daemon with four places that every user of the machine may connect to."""
-    command = serve_command(packed.copy_to(tmp_path), serve_unix=tmp_path / "s", shm_clients_max=4, **SMALL)
-    with running(command, tmp_path) as daemon:
-        for parent in tmp_path.parents:
-            if parent.stat().st_uid == os.getuid() and parent != Path("/"):
-                parent.chmod(parent.stat().st_mode | 0o011)
-        for path in (tmp_path, tmp_path / "s", tmp_path / "s.shm"):
-            path.chmod(0o777)
-        yield daemon
+    """A daemon with four places that every user of the machine may connect to.
+
+    Its sockets lie outside of pytest's folder, which every other run of pytest closes to others again.
+    """
+    with TemporaryDirectory(prefix="tierstore-") as folder:
+        path = Path(folder) / "s"
+        with running(
+            serve_command(packed.copy_to(tmp_path), serve_unix=path, shm_clients_max=4, **SMALL), tmp_path
+        ) as daemon:
+            for opened in (path.parent, path, Path(f"{path}.shm")):
+                opened.chmod(0o777)
+            yield daemon
 
 
 def at_the_door(daemon: Daemon) -> socket.socket:
@@ -100,27 +104,42 @@ def test_who_says_nothing_is_hung_up_on(public: Daemon) -> None:
         assert silent.recv(1) == b""
 
 
+def guest(user: int, *slots: int) -> Guest:
+    """A client with requests in these slots, which nobody has taken up."""
+    made = Guest(socket.socket(), user, MailboxGeometry.of(1 << 12, 1 << 16))
+    made._bytes[PENDING_AT : PENDING_AT + 8].view(np.int64)[0] = sum(1 << slot for slot in slots)
+    return made
+
+
+def taken(guests: Guests) -> Guest | None:
+    found = guests.take_up(each_max=64)
+    return found[0] if found else None
+
+
 def test_turns_go_on_while_others_come_and_go() -> None:
     """Whoever attaches and leaves again and again does not bring the turn back to the first in the list."""
-    geometry = MailboxGeometry.of(1 << 12, 1 << 16)
-
-    def guest(*slots: int) -> Guest:
-        made = Guest(socket.socket(), 0, geometry)
-        made._bytes[PENDING_AT : PENDING_AT + 8].view(np.int64)[0] = sum(1 << slot for slot in slots)
-        return made
-
-    greedy, modest, passing = guest(*range(8)), guest(3), guest()
+    greedy, modest, passing = guest(0, *range(8)), guest(0, 3), guest(0)
     guests = Guests()
     for each in (passing, greedy, modest):
         guests.add(each)
-    taken = []
+    turns = []
     for _ in range(3):
-        found = guests.take_up(each_max=8)
-        assert found is not None
-        taken.append(found[0])
+        turns.append(taken(guests))
         guests.remove(passing)
         guests.add(passing)
-    assert taken == [greedy, modest, greedy]
+    assert turns == [greedy, modest, greedy]
+    guests.remove(greedy)
+    assert taken(guests) is None
+
+
+def test_many_clients_of_one_user_have_as_many_turns_as_one_of_another() -> None:
+    many, single = [guest(1, *range(8)) for _ in range(5)], guest(2, 0, 1, 2)
+    guests = Guests()
+    for each in (*many, single):
+        guests.add(each)
+    turns = [taken(guests) for _ in range(8)]
+    assert [turn is single for turn in turns[:6]] == [False, True] * 3
+    assert len({id(turn) for turn in turns if turn is not single}) == 5, "and these take turns"
 
 
 def test_kept_rows_leave_room_for_later_requests(packed: PackedStore, roomy: Daemon) -> None:

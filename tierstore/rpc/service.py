@@ -46,6 +46,7 @@ class MemoryService:
         self._requests_max = serve.concurrent_requests_max
         self._requests = 0
         self._draining = False
+        self._looking = asyncio.Lock()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -79,10 +80,12 @@ class MemoryService:
     async def describe_table(
         self, request: pb.DescribeTableRequest, _context: Any
     ) -> pb.DescribeTableResponse:
-        """An unknown name makes the store look into its catalog, which is done in a thread."""
+        """An unknown name makes the store look into its catalog: in a thread, one at a time."""
         store, name = self._store, request.table
-        spec = store.table(name).spec if store.knows(name) else await asyncio.to_thread(store.describe, name)
-        return pb.DescribeTableResponse(table=spec_to_message(spec))
+        if not store.knows(name):
+            async with self._looking:
+                await asyncio.to_thread(store.describe, name)
+        return pb.DescribeTableResponse(table=spec_to_message(store.table(name).spec))
 
     async def stats(self, _request: pb.StatsRequest, _context: Any) -> pb.StatsResponse:
         return pb.StatsResponse(counters=self._store.stats())

@@ -28,7 +28,7 @@ HELLO_TIMEOUT_S = 5.0
 BACKLOG = 64
 REFUSED_PAUSE_S = 0.5
 UNKNOWN_MAX = 64  # connections that have not said hello
-UNKNOWN_OF_ONE_USER_MAX = 16
+UNKNOWN_OF_ONE_USER_MAX = 16  # of these, if not the daemon's
 CREDENTIALS = struct.Struct("iII")  # pid, uid, gid of SO_PEERCRED
 
 
@@ -123,7 +123,7 @@ class Door:
     def _make_room(self, user: int) -> None:
         """For one more of this user who has not said hello: his eldest leaves, or the eldest of all."""
         of_user = [c for c, who in self._unknown.items() if who.user == user]
-        if len(of_user) >= UNKNOWN_OF_ONE_USER_MAX:
+        if len(of_user) >= UNKNOWN_OF_ONE_USER_MAX and user != os.geteuid():
             self._show_out(of_user[0])
         elif len(self._unknown) >= UNKNOWN_MAX:
             self._show_out(next(iter(self._unknown)))

@@ -3,7 +3,7 @@
 They sleep in epoll until a client rings. Rows go straight to where the client wants them. What a request
 says is copied, then checked: a client can have its own request refused and its own memory filled, nothing
 else. No client holds more than half of the threads, so one with much to read does not keep another waiting
-for all of it.
+for all of it; and users take turns, so many clients of one do not either.
 """
 
 from __future__ import annotations

@@ -110,12 +110,11 @@ class Tables:
         return sorted(taken), replaced
 
     def _news(self, replace: bool) -> list[CatalogEntry]:
-        return [
-            entry
-            for entry in self._catalogued()
-            if (table := self._served.get(entry.spec.name)) is None
-            or (replace and table.spec.generation != entry.spec.generation)
-        ]
+        """Without `replace` only what was never heard of: a damaged table is not tried again and again."""
+        if not replace:
+            return [entry for entry in self._catalogued() if not self.knows(entry.spec.name)]
+        served = {name: table.spec.generation for name, table in self._served.items()}
+        return [e for e in self._catalogued() if served.get(e.spec.name) != e.spec.generation]
 
     def _open(self, entries: Iterable[CatalogEntry]) -> Opened:
         """What is wrong with a table that cannot be served is logged."""
