@@ -31,7 +31,13 @@ from engram_client.errors import (
 )
 from engram_client.spec import TableSpec
 from engram_client.transport.base import LookupRequest, PendingRows
-from engram_client.transport.splitting import Limits, entries_per_call, entries_per_hint, split
+from engram_client.transport.splitting import (
+    Limits,
+    entries_per_call,
+    entries_per_hint,
+    limits_told,
+    split,
+)
 from engram_client.wire import memory_pb2 as pb
 from engram_client.wire.convert import request_to_message, spec_from_message
 from engram_client.wire.framing import decode_rows
@@ -103,12 +109,7 @@ class GrpcTransport:
 
     def list_tables(self) -> dict[str, TableSpec]:
         reply = self._control(lambda calls: calls.list_tables, pb.ListTablesRequest())
-        told = reply.limits
-        self._limits = (
-            Limits(told.request_ids_max, told.reply_bytes_max, told.message_bytes_max)
-            if reply.HasField("limits")
-            else Limits()
-        )
+        self._limits = limits_told(reply.limits)
         return {t.name: spec_from_message(t) for t in reply.tables}
 
     def describe_table(self, name: str) -> TableSpec:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from engram_client.transport.base import LookupRequest
+from engram_client.wire import memory_pb2 as pb
 
 CALL_BYTES_MAX = 3 << 19  # rows in one reply; more go in equal parts, which are then near 1 MiB
 HINT_IDS_MAX = 1 << 17  # ids in one hint: near 1 MiB of request
@@ -25,6 +26,15 @@ class Limits:
     def ids_max(self) -> int:
         """Ids in one request, by their number and by their bytes."""
         return max(1, min(self.request_ids_max, (self.message_bytes_max - ENVELOPE_BYTES) // ID_BYTES))
+
+
+def limits_told(message: pb.Limits) -> Limits:
+    """What a daemon has told; 0 is what it has not."""
+    return Limits(
+        message.request_ids_max or sys.maxsize,
+        message.reply_bytes_max or sys.maxsize,
+        message.message_bytes_max or sys.maxsize,
+    )
 
 
 def entries_per_call(request: LookupRequest, entry_bytes: int, limits: Limits) -> int:

@@ -11,7 +11,14 @@ import pytest
 
 from engram_client import connect
 from engram_client.transport.base import LookupRequest
-from engram_client.transport.splitting import CALL_BYTES_MAX, Limits, entries_per_call, entries_per_hint
+from engram_client.transport.splitting import (
+    CALL_BYTES_MAX,
+    Limits,
+    entries_per_call,
+    entries_per_hint,
+    limits_told,
+)
+from engram_client.wire import memory_pb2 as pb
 from tests.support.daemon import Daemon, running, serve_command
 from tests.support.shared_memory import SMALL, attached, grown, rows_of
 from tests.support.stores import LARGE, PLAIN, V41, PackedStore, random_keys, random_rows
@@ -84,6 +91,11 @@ def request_of(entries: int, orders: int) -> LookupRequest:
 ])  # fmt: skip
 def test_equal_parts_within_every_limit(limits: Limits, expected: int) -> None:
     assert entries_per_call(request_of(100, 3), 1000, limits) == expected
+
+
+def test_a_daemon_that_tells_nothing_has_no_limits() -> None:
+    assert limits_told(pb.ListTablesResponse().limits) == Limits()
+    assert limits_told(pb.Limits(reply_bytes_max=5)) == Limits(reply_bytes_max=5)
 
 
 def test_parts_near_a_mebibyte_where_nothing_is_limited() -> None:

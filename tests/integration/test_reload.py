@@ -26,7 +26,9 @@ from tests.support.stores import (
     random_keys,
     repacked_v41,
     row_file,
+    small_config,
 )
+from tierstore.config import Extent
 from tierstore.packing import PackOptions, pack
 
 LATE = "packed-late"
@@ -168,3 +170,24 @@ def test_records_of_a_size_without_an_arena_are_read(tmp_path: Path, packed: Pac
         for _ in range(2):
             assert np.array_equal(table.lookup_ngrams(keys), late.lookup_ngrams(keys))
         assert device.store.stats()["records_read"] >= 2 * keys.size
+
+
+def test_a_restart_finds_the_cache_of_what_was_taken_up(packed: PackedStore, tmp_path: Path) -> None:
+    """Warm, under the generation that the records are of; in this process, where handles end as well."""
+    folder, keys = packed.copy_to(tmp_path, own=(V41,)), random_keys(packed.oracles[V41], 30, seed=6)
+    config = small_config(extent=Extent(budget_bytes=4 << 20))
+    with opened(folder, config) as device, connect(f"local:{folder}") as client:
+        table = client.table(V41)
+        assert np.array_equal(table.lookup_ngrams(keys), packed.oracles[V41].lookup_ngrams(keys))
+        anew = repacked_v41(tmp_path, folder)
+        assert device.store.reload() == [V41]
+        assert device.store.reload() == []
+        with pytest.raises(errors.GenerationMismatch):
+            table.lookup_ngrams(keys + 1)
+        for _ in range(2):
+            assert np.array_equal(client.table(V41).lookup_ngrams(keys), anew.lookup_ngrams(keys))
+    with opened(folder, config) as device, connect(f"local:{folder}") as client:
+        assert device.store.wait_warm(30)
+        assert np.array_equal(client.table(V41).lookup_ngrams(keys), anew.lookup_ngrams(keys))
+        assert device.store.stats()["records_restored"] == keys.size
+        assert device.store.stats()["dram_misses"] == 0
