@@ -220,7 +220,7 @@ class GrpcTransport:
 
         try:
             for start, part in enumerate(split(request, per_call)):
-                if len(waiting) == CALLS_AHEAD:
+                if len(waiting) >= min(CALLS_AHEAD, self._limits.requests_max):
                     finish(*waiting.popleft())
                 message, rows = request_to_message(part), flat[start * per_call :][: part.ids.shape[0]]
                 waiting.append((message, rows, self._start(message, deadline)))

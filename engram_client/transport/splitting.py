@@ -16,11 +16,12 @@ ID_BYTES = 8
 
 @dataclass(frozen=True)
 class Limits:
-    """What a daemon takes in one request, as it says itself; without bounds until it has."""
+    """What a daemon takes in one request, and how many at once, as it says; without bounds until it has."""
 
     request_ids_max: int = sys.maxsize
     reply_bytes_max: int = sys.maxsize
     message_bytes_max: int = sys.maxsize
+    requests_max: int = sys.maxsize
 
     @property
     def ids_max(self) -> int:
@@ -34,6 +35,7 @@ def limits_told(message: pb.Limits) -> Limits:
         message.request_ids_max or sys.maxsize,
         message.reply_bytes_max or sys.maxsize,
         message.message_bytes_max or sys.maxsize,
+        message.requests_max or sys.maxsize,
     )
 
 

@@ -28,6 +28,7 @@ STRICT: dict[str, Any] = {
     "serve_tcp": "127.0.0.1:0",
     "limits_request_ids_max": 50,
     "limits_request_reply_bytes_max": "64KiB",
+    "serve_concurrent_requests_max": 1,
 }
 
 
@@ -39,7 +40,7 @@ def strict_command(folder: Path, packed: PackedStore, **settings: Any) -> list[s
 
 @pytest.fixture(scope="module")
 def strict(packed: PackedStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """A daemon that takes 50 ids, and 64 KiB of rows, in one request."""
+    """A daemon that takes 50 ids, and 64 KiB of rows, in one request, and one request at a time."""
     folder = tmp_path_factory.mktemp("strict")
     with running(strict_command(folder, packed), folder) as daemon:
         yield daemon

@@ -73,6 +73,7 @@ class MemoryService:
             request_ids_max=self._limits.request_ids_max,
             reply_bytes_max=self._limits.request_reply_bytes_max,
             message_bytes_max=MESSAGE_BYTES_MAX,
+            requests_max=self._requests_max,
         )
         tables = [spec_to_message(spec) for spec in self._store.tables().values()]
         return pb.ListTablesResponse(tables=tables, limits=limits)
