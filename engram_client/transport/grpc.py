@@ -29,6 +29,7 @@ from engram_client.errors import (
 )
 from engram_client.spec import TableSpec
 from engram_client.transport.base import LookupRequest, PendingRows
+from engram_client.transport.landing import Landing
 from engram_client.wire import memory_pb2 as pb
 from engram_client.wire.convert import request_to_message, spec_from_message
 from engram_client.wire.framing import decode_rows
@@ -133,6 +134,12 @@ class GrpcTransport:
             raise
         call.add_done_callback(lambda _call: self._ahead.release())
         return PendingCall(call, lambda: self._result(message, entries, entry_bytes, call, deadline))
+
+    def prepare_filling(self) -> None:
+        """There is nothing to prepare."""
+
+    def start_filling(self, request: LookupRequest, landing: Landing, timeout_s: float | None) -> None:
+        """gRPC's threads run Python; any other will do."""
 
     def prefetch(self, request: LookupRequest) -> bool:
         per_entry = max(1, request.ids.size // max(1, request.ids.shape[0]))
