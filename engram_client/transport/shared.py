@@ -102,7 +102,7 @@ class SharedTransport:
         if view is None:
             return None
         self._copier.start()
-        return start_filling(view, self._copier, request, landing, timeout_s, self._remote.lookup)
+        return start_filling(view, self._copier, request, landing, timeout_s, self.lookup)
 
     def prefetch(self, request: LookupRequest) -> bool:
         return self._remote.prefetch(request)

@@ -35,6 +35,7 @@ class Read:
 
     def __init__(self, client: MappedArena, keys: np.ndarray) -> None:
         self.guest, self.keys = client.guest, keys
+        self._client = client  # what it has mapped
         self.rows = np.full((keys.size, RECORD_BYTES), UNTOUCHED, np.uint8)
         self.word, self.gone = np.full(1, copying.NOT_THERE, np.int64), np.zeros(1, np.int64)
         self.positions, self._view = np.zeros(keys.size, np.int64), client._words
@@ -46,13 +47,14 @@ class Read:
         return self.guest._bytes[start : start + SLOT_BYTES].view(np.int64)
 
     def words(self, *, asked: bool) -> np.ndarray:
-        """Of a job: for its first `asked` keys where those were asked for already, else for all."""
+        """Of a job; `asked` where the daemon has its keys already."""
         own = (self.rows, self.word, self.gone, self.positions, self._view, self.keys)
         rows, word, gone, positions, view, keys = (int(a.ctypes.data) for a in own)
         mailbox = self.guest.mailbox
         slot, data = mailbox + SLOTS_AT + SLOT * SLOT_BYTES, mailbox + self.guest.geometry.data_at
         return np.array([
-            rows, word, STEP, RECORD_BYTES, slot, self.number, gone, data, positions, self.keys.size, int(asked),
+            rows, word, STEP, RECORD_BYTES,
+            slot, self.number, gone, data, positions, self.keys.size, int(asked),
             view, keys, 1, mailbox + PENDING_AT, SLOT, self.guest.doorbell,
         ])  # fmt: skip
 
@@ -153,9 +155,7 @@ def test_rows_already_asked_for(arena: Arena, ring: JobRing) -> None:
 
 
 @pytest.mark.parametrize("text", [True, False])
-def test_failures_and_a_daemon_that_goes_away_leave_no_stamp(
-    arena: Arena, ring: JobRing, text: bool
-) -> None:
+def test_failures_and_a_daemon_that_goes_away_leave_no_stamp(arena: Arena, ring: JobRing, text: bool) -> None:
     read = Read(MappedArena(arena), np.array([1000, 5]))
     ring.open(0, 1, copying.OPEN, read.words(asked=False))
     assert eventually(lambda: ring.state(0) == copying.WAITING)
