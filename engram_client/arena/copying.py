@@ -15,25 +15,31 @@ arena holds, asks the daemon for the rest, sleeps until that has answered, copie
               word 3  step      with which it is stamped
               word 4  part_bytes of each entry
               word 5  slot      address of the request's slot in the mailbox
-              word 6  number    of the request
+              word 6  number    of the request on its way
               word 7  gone      address of a word that is 1 once the daemon went away
               word 8  data      address of the request's memory
               word 9  positions address of int64 [count]: to which entry of `target` each row goes
-              word 10 count     entries asked for; while the job is OPEN those of the whole look-up
-              word 11 asked     1 once the request was sent
+              word 10 count     entries asked for by that request; those of the look-up while it is OPEN
+              word 11 asked     1 once a request was sent
+              word 12 first     place in `positions` of the first of them
+              word 13 total     entries to ask for in all
        of an open job only
-              word 12 view      address of a view (engram_client/arena/shared_read.py)
-              word 13 keys      address of int64 [count]
-              word 14 orders
-              word 15 pending   address of the mailbox's pending word
-              word 16 bit       number of the request's slot
-              word 17 doorbell  eventfd of the daemon
+              word 14 view      address of a view (engram_client/arena/shared_read.py)
+              word 15 keys      address of int64 [entries of the look-up]
+              word 16 orders
+              word 17 room      the most entries of one request
+              word 18 pending   address of the mailbox's pending word
+              word 19 bit       number of the request's slot
+              word 20 doorbell  eventfd of the daemon
 
     OPEN ------> BUSY -----> LANDED, GONE      the arena had everything; the daemon takes no requests
                   |
     WAITING <-----+                            the daemon was asked
        +-------> BUSY -----> LANDED, FAILED, GONE
     OPEN, WAITING ------> WITHDRAWN -> ENDED   by who started it; by the thread, which saw it
+
+What one request has no room for is asked for by the next, in the same slot and memory, which is why the
+client's end sets numbers aside for as many as there may be.
 
 Every change is a compare-and-swap of the state but the thread's own out of BUSY. The thread writes staging
 memory in BUSY alone, and stamps before it leaves BUSY. So once a job was withdrawn, or has left BUSY for
@@ -81,6 +87,7 @@ from engram_client.arena.futex import (
     futex_wake,
 )
 from engram_client.arena.mailbox import DONE_AT, ENTRIES, PART_ALIGNMENT_BYTES, TEXT_BYTES_AT
+from engram_client.arena.mailbox import NUMBER as NUMBER_OF_REQUEST
 from engram_client.arena.mailbox import WITHDRAWN as WITHDRAWN_REQUEST
 from engram_client.arena.requests import spread_parts
 from engram_client.arena.shared_read import VIEW_WORDS, count_lookup, read_view
@@ -90,8 +97,8 @@ from engram_client.jit import inline_kernel, kernel
 NOT_THERE = -1  # in a completion word
 HEADER_WORDS, JOB_WORDS = 8, 24
 EPOCH, STOPPING, ONE, NEXT = range(0, 32, 8)
-STATE, TARGET, WORD, STEP, PART_BYTES, SLOT, NUMBER, GONE_AT, DATA, POSITIONS, COUNT, ASKED = range(0, 96, 8)
-VIEW, KEYS, ORDERS, PENDING, BIT, DOORBELL = range(96, 144, 8)
+STATE, TARGET, WORD, STEP, PART_BYTES, SLOT, NUMBER, GONE_AT, DATA, POSITIONS = range(0, 80, 8)
+COUNT, ASKED, FIRST, TOTAL, VIEW, KEYS, ORDERS, ROOM, PENDING, BIT, DOORBELL = range(80, 168, 8)
 FREE, OPEN, BUSY, WAITING, WITHDRAWN, LANDED, FAILED, GONE, ENDED = range(9)
 REUSED = -1  # instead of a state: the job is over and its place another's
 GENERATION_SHIFT, STATE_MASK = 4, 15
@@ -210,18 +217,23 @@ def aligned_part(size_bytes):
 
 
 @inline_kernel
-def send(table, job, keys, misses, count):
-    """Ask the daemon for these entries; the other words of the slot are there already."""
-    data, orders, slot = load_word(job + DATA), load_word(job + ORDERS), load_word(job + SLOT)
-    orders_at = data + aligned_part(8 * count)
+def send(table, job):
+    """Ask the daemon for as many of the entries left as one request has room for."""
+    first, data, slot = load_word(job + FIRST), load_word(job + DATA), load_word(job + SLOT)
+    count = min(load_word(job + TOTAL) - first, load_word(job + ROOM))
+    keys, misses = load_word(job + KEYS), load_word(job + POSITIONS) + 8 * first
+    orders, orders_at = load_word(job + ORDERS), data + aligned_part(8 * count)
     for i in range(count):
-        store_word(data + 8 * i, keys[misses[i]])
-        store_byte(orders_at + i, misses[i] % orders)
-    store_word(slot + 8 * ENTRIES, count)
+        entry = load_word(misses + 8 * i)
+        store_word(data + 8 * i, load_word(keys + 8 * entry))
+        store_byte(orders_at + i, entry % orders)
     store_word(job + COUNT, count)
     store_word(job + ASKED, 1)
+    store_word(slot + 8 * ENTRIES, count)
+    store_word(slot + 8 * NUMBER_OF_REQUEST, load_word(job + NUMBER))
     fetch_or(load_word(job + PENDING), 1 << load_word(job + BIT))
     system_call(WRITE, load_word(job + DOORBELL), table + ONE, 8, 0, 0, 0)
+    leave_busy(job, WAITING)
 
 
 @inline_kernel
@@ -233,9 +245,9 @@ def read_hits(table, job):
     counts = np.zeros(1, np.int64)
     missed = read_view(view, keys, load_word(job + ORDERS), load_word(job + TARGET), misses, counts, True)
     if missed > 0:
-        send(table, job, keys, misses, missed)
         count_lookup(view, count, counts[0], count - counts[0] - missed)
-        leave_busy(job, WAITING)
+        store_word(job + TOTAL, missed)
+        send(table, job)
         return
     let_request_go(job)
     if missed == 0:
@@ -244,16 +256,22 @@ def read_hits(table, job):
 
 
 @inline_kernel
-def take_answer(job):
+def take_answer(table, job):
     """The daemon has answered: copy its rows, unless it says what went wrong."""
     if load_word(load_word(job + SLOT) + TEXT_BYTES_AT) != 0:
         leave_busy(job, FAILED)
         return
-    count, part_bytes = load_word(job + COUNT), load_word(job + PART_BYTES)
+    count, first, part_bytes = load_word(job + COUNT), load_word(job + FIRST), load_word(job + PART_BYTES)
     rows = load_word(job + DATA) + aligned_part(8 * count) + aligned_part(count)
-    spread_parts(rows, load_word(job + POSITIONS), count, part_bytes, load_word(job + TARGET))
-    stamp_job(job)
-    leave_busy(job, LANDED)
+    positions = load_word(job + POSITIONS) + 8 * first
+    spread_parts(rows, positions, count, part_bytes, load_word(job + TARGET))
+    if first + count < load_word(job + TOTAL):
+        store_word(job + FIRST, first + count)
+        store_word(job + NUMBER, load_word(job + NUMBER) + 1)
+        send(table, job)
+    else:
+        stamp_job(job)
+        leave_busy(job, LANDED)
 
 
 @inline_kernel
@@ -276,7 +294,7 @@ def advance(table, job):
         return False
     if compare_and_swap(job + STATE, word, word - WAITING + BUSY):
         if answered:
-            take_answer(job)
+            take_answer(table, job)
         else:
             leave_busy(job, GONE)
     return True

@@ -56,27 +56,38 @@ class Copier:
         request is the caller's to give back, else the job's.
         """
         slot, data = request.addresses
-        words = (slot, request.number, view.mailbox.gone_at, data, address_of(positions), positions.size, 1)
+        words = (
+            slot,
+            request.number,
+            view.mailbox.gone_at,
+            data,
+            address_of(positions),
+            positions.size,
+            1,
+            0,
+            positions.size,
+        )
         return self._open(copying.WAITING, words, view, request, (positions,), landing)
 
-    def read(
-        self, view: View, ids: np.ndarray, request: Request, landing: Landing, deadline: Deadline
-    ) -> CopyJob | None:
-        """Have ids, int64 [n], read from the arena, and the rest asked for by a request not sent yet.
+    def read(self, view: View, ids: np.ndarray, landing: Landing, deadline: Deadline) -> CopyJob | None:
+        """Have ids, int64 [n], read from the arena, and the daemon asked for the rest; None as `follow`.
 
-        As `follow`. `ids` must not change meanwhile.
+        `ids` must not change meanwhile. Raises MailboxBusy.
         """
+        room = min(ids.size, view.entries_max)
+        request = view.mailbox.take(room, view.part_bytes, -(-ids.size // room))
         slot, data = request.addresses
         mailbox, misses = view.mailbox, np.empty(ids.size, np.int64)
         words = (
-            slot, request.number, mailbox.gone_at, data, address_of(misses), ids.size, 0,
-            address_of(view.words), address_of(ids), view.orders,
+            slot, request.number, mailbox.gone_at, data, address_of(misses), ids.size,
+            0, 0, 0, address_of(view.words), address_of(ids), view.orders, room,
             mailbox.pending_at, request.slot, mailbox.doorbell,
         )  # fmt: skip
         request.prepare(view.request, deadline)
         job = self._open(copying.OPEN, words, view, request, (ids, misses), landing)
         if job is None:
             request.unsend()
+            request.give_back()
         return job
 
     def _open(
@@ -99,6 +110,11 @@ class Copier:
             target = (landing.address, landing.word, landing.step, view.part_bytes)
             copying.open_job(self.address, place, self._opened, state, np.array(target + words, np.int64))
             return job
+
+    def number_of(self, place: int) -> int:
+        """Of the last request of a job."""
+        at = copying.HEADER_WORDS + place * copying.JOB_WORDS + copying.NUMBER // 8
+        return int(self._words[at])
 
     def _take_back(self) -> None:
         """What jobs have used that the thread is done with."""
@@ -161,6 +177,7 @@ class CopyJob:
             except TierstoreError as error:
                 self._failure = error
         self._outcome = state
+        self._request.number = self._copier.number_of(self._place[1])
         self._request.give_back()
         self._kept = None
         return True

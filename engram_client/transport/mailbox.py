@@ -82,8 +82,11 @@ class Mailbox:
         request.send(words, entries, deadline)
         return request
 
-    def take(self, entries: int, part_bytes: int) -> Request:
-        """A slot and memory for a request that is not sent yet. Raises MailboxBusy."""
+    def take(self, entries: int, part_bytes: int, numbers: int = 1) -> Request:
+        """A slot and memory for a request that is not sent yet, or `numbers` one after another.
+
+        Raises MailboxBusy.
+        """
         memory = RequestMemory(entries, part_bytes)
         granules = -(-memory.total_bytes // GRANULE_BYTES)
         with self._lock:
@@ -93,8 +96,9 @@ class Mailbox:
                 raise MailboxBusy("its requests on the way take all slots or memory")
             slot = self._free_slots.pop()
             self._taken[first : first + granules] = b"\1" * granules
-            self._numbers[slot] += 1
-            return Request(self, slot, self._numbers[slot], first * GRANULE_BYTES, granules, memory)
+            number = self._numbers[slot] + 1
+            self._numbers[slot] += numbers
+            return Request(self, slot, number, first * GRANULE_BYTES, granules, memory)
 
     def _reap(self) -> None:
         """Take back what was given back, as far as the daemon is done with it."""

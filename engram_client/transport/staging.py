@@ -53,7 +53,7 @@ def start_filling(
 
     `otherwise` looks the rows up should the daemon go away.
     """
-    if request.ids.size > view.staged_max:
+    if not view.entries_max:
         return None
     again = Again(request, Deadline.after(timeout_s), otherwise)
     begin = _begin_small if request.ids.size <= SMALL_ENTRIES else _begin_large
@@ -83,13 +83,8 @@ def _begin_small(view: View, copier: Copier, landing: Landing, again: Again) -> 
 
 
 def _begin_large(view: View, copier: Copier, landing: Landing, again: Again) -> Filling | None:
-    ids = again.request.ids.reshape(-1)
-    request = view.mailbox.take(ids.size, view.part_bytes)
-    job = copier.read(view, ids, request, landing, again.deadline)
-    if job is None:
-        request.give_back()
-        return None
-    return CopiedRows(job, landing, again)
+    job = copier.read(view, again.request.ids.reshape(-1), landing, again.deadline)
+    return None if job is None else CopiedRows(job, landing, again)
 
 
 class CopiedRows:

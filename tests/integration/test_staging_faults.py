@@ -46,7 +46,7 @@ def stamped(ring: StagingRing, slot: int, step: int, timeout_s: float = 30.0) ->
     return True
 
 
-@pytest.mark.parametrize("entries", SIZES)
+@pytest.mark.parametrize("entries", [*SIZES, 1500])  # more than a mailbox of 8 MiB holds
 def test_rows_land_while_the_caller_is_busy(
     packed: PackedStore, obedient: Daemon, entries: int, impatient_gil: None
 ) -> None:

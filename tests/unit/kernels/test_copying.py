@@ -33,8 +33,8 @@ def arena() -> Arena:
 class Read:
     """One read of keys, int64 [n], in mailbox slot SLOT; the test answers."""
 
-    def __init__(self, client: MappedArena, keys: np.ndarray) -> None:
-        self.guest, self.keys = client.guest, keys
+    def __init__(self, client: MappedArena, keys: np.ndarray, room: int = 1 << 20) -> None:
+        self.guest, self.keys, self.room = client.guest, keys, room
         self._client = client  # what it has mapped
         self.rows = np.full((keys.size, RECORD_BYTES), UNTOUCHED, np.uint8)
         self.word, self.gone = np.full(1, copying.NOT_THERE, np.int64), np.zeros(1, np.int64)
@@ -55,7 +55,8 @@ class Read:
         return np.array([
             rows, word, STEP, RECORD_BYTES,
             slot, self.number, gone, data, positions, self.keys.size, int(asked),
-            view, keys, 1, mailbox + PENDING_AT, SLOT, self.guest.doorbell,
+            0, self.keys.size if asked else 0, view, keys, 1, self.room,
+            mailbox + PENDING_AT, SLOT, self.guest.doorbell,
         ])  # fmt: skip
 
     @property
@@ -75,6 +76,10 @@ class Read:
     @property
     def done(self) -> int:
         return int(self._slot_words[DONE_AT // 8])
+
+    def take_up(self) -> None:
+        """As the daemon does before it answers."""
+        self.guest._bytes[PENDING_AT : PENDING_AT + 8].view(np.int64)[0] = 0
 
     def answer(self, keys: np.ndarray, text: bytes = b"") -> None:
         memory = RequestMemory(keys.size, RECORD_BYTES)
@@ -143,6 +148,24 @@ def test_what_is_missing_is_asked_for_and_put_in_its_place(arena: Arena, ring: J
     assert np.array_equal(read.rows[present], content(read.keys[present], RECORD_BYTES))
     assert not read.rows[2].any()
     assert read.word[0] == STEP
+
+
+def test_what_one_request_has_no_room_for_is_asked_for_by_the_next(arena: Arena, ring: JobRing) -> None:
+    keys = np.array([1000, 5, 2000, -1, 3000, 7, 4000, 5000])
+    read = Read(MappedArena(arena), keys, room=2)
+    ring.open(0, 1, copying.OPEN, read.words(asked=False))
+    for wanted in ([1000, 2000], [3000, 4000], [5000]):
+        assert eventually(lambda: read.pending == 1 << SLOT and ring.state(0) == copying.WAITING)
+        assert read.wanted.tolist() == wanted
+        assert read.word[0] == copying.NOT_THERE
+        read.take_up()
+        read.answer(read.wanted)
+        read.number += 1
+    assert ring.ended(0) == copying.LANDED
+    present = keys >= 0
+    assert np.array_equal(read.rows[present], content(keys[present], RECORD_BYTES))
+    assert not read.rows[~present].any()
+    assert read.done == read.number - 1
 
 
 def test_rows_already_asked_for(arena: Arena, ring: JobRing) -> None:
