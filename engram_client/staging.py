@@ -57,14 +57,17 @@ class _Occupancy:
 
     def __init__(self) -> None:
         self.fillings: dict[int | None, Filling] = {}
-        self.released = False
+        self.released = self._vacated = False
 
     def vacate(self) -> bool:
         """Give the slot up; whether nobody writes there any more. From anywhere at any time."""
-        self.released = vacated = True
-        for filling in self.fillings.values():
-            vacated = filling.give_up() and vacated  # each of them, whatever the others say
-        return vacated
+        self.released = True
+        if not self._vacated:
+            vacated = True
+            for filling in self.fillings.values():
+                vacated = filling.give_up() and vacated  # each of them, whatever the others say
+            self._vacated = vacated
+        return self._vacated
 
 
 class StagingRing:
@@ -247,7 +250,7 @@ class StagedStep:
         deadline = Deadline.after(timeout)
         for layer, filling in self._chosen(layer_id).items():
             if self._occupancy.released:
-                raise Cancelled(f"step {self.step} was released or cancelled")
+                break
             try:
                 filling.wait(deadline.remaining_s())
             except TierstoreError as error:
@@ -257,6 +260,8 @@ class StagedStep:
                     f"rows of step {self.step} (slot {self.slot}) were not there after {timeout:g} s; wait "
                     "again, or start earlier"
                 ) from error
+        if self._occupancy.released:
+            raise Cancelled(f"step {self.step} was released or cancelled")
 
     def _chosen(self, layer_id: int | None) -> dict[int | None, Filling]:
         fillings = self._occupancy.fillings
@@ -281,5 +286,5 @@ class StagedStep:
         self.release()
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():
+        if not self._occupancy.released and not sys.is_finalizing():
             self.release()

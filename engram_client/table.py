@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -38,7 +38,9 @@ class _Query:
 
 def _kept(query: _Query) -> _Query:
     """With ids of its own: the caller may fill his array with the next step's before they are read."""
-    return replace(query, request=replace(query.request, ids=query.request.ids.copy()))
+    asked = query.request
+    ids = asked.ids.copy()  # `dataclasses.replace` would take longer than a small one's copy
+    return _Query(LookupRequest(asked.table, asked.generation, asked.address, ids, asked.heads), query.shape)
 
 
 class Table:

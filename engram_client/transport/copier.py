@@ -30,7 +30,7 @@ class Copier:
         self._pid = os.getpid()
         self._words = np.zeros(copying.HEADER_WORDS + copying.PLACES * copying.JOB_WORDS, np.int64)
         self.address = address_of(self._words)
-        self._jobs: list[CopyJob | None] = [None] * copying.PLACES
+        self._jobs: dict[int, CopyJob] = {}  # by place
         self._opened = 0
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -57,16 +57,9 @@ class Copier:
         """
         slot, data = request.addresses
         words = (
-            slot,
-            request.number,
-            view.mailbox.gone_at,
-            data,
-            address_of(positions),
-            positions.size,
-            1,
-            0,
-            positions.size,
-        )
+            slot, request.number, view.mailbox.gone_at, data, address_of(positions), positions.size,
+            1, 0, positions.size,
+        )  # fmt: skip
         return self._open(copying.WAITING, words, view, request, (positions,), landing)
 
     def read(self, view: View, ids: np.ndarray, landing: Landing, deadline: Deadline) -> CopyJob | None:
@@ -102,7 +95,7 @@ class Copier:
         with self._changing:
             self._take_back()
             place = self._opened % copying.PLACES
-            if self._closed or self._thread is None or self._jobs[place] is not None:
+            if self._closed or self._thread is None or place in self._jobs:
                 return None
             self._opened += 1
             job = CopyJob(self, place, self._opened, request, (view, landing, arrays))
@@ -118,9 +111,9 @@ class Copier:
 
     def _take_back(self) -> None:
         """What jobs have used that the thread is done with."""
-        for place, job in enumerate(self._jobs):
-            if job is not None and job.note_end():
-                self._jobs[place] = None
+        for place, job in list(self._jobs.items()):
+            if job.note_end():
+                self._jobs.pop(place, None)
 
     def take_back(self, *, wait: bool) -> None:
         """Free what ended jobs have used; unless `wait`, only where nobody else is at it."""
@@ -169,8 +162,8 @@ class CopyJob:
     def note_end(self) -> bool:
         """Whether the thread is done with this job; called under the copier's lock."""
         state = copying.wait_ended(*self._place, 0, 0)
-        if copying.OPEN <= state <= copying.WITHDRAWN:
-            return False
+        if state == copying.REUSED or copying.OPEN <= state <= copying.WITHDRAWN:
+            return False  # the first where the collector came in before it was opened
         if state == copying.FAILED:
             try:
                 self._request.check()

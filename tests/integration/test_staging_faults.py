@@ -130,7 +130,7 @@ def test_a_slot_used_again_never_gets_the_old_rows(
         mailbox._reap()
         assert not any(mailbox._taken)
         assert len(mailbox._free_slots) == SLOTS
-        assert not any(copier_of(client)._jobs)
+        assert not copier_of(client)._jobs
 
 
 @pytest.mark.parametrize("entries", SIZES)
@@ -205,7 +205,7 @@ def test_no_room_in_the_mailbox_or_the_job_ring(
                 assert np.array_equal(staged.rows(), oracle.lookup_ngrams(keys))
 
         with monkeypatch.context() as patched:
-            patched.setattr(copier, "_jobs", [object()] * copying.PLACES)
+            patched.setattr(copier, "_jobs", dict.fromkeys(range(copying.PLACES)))
             patched.setattr(copier, "_take_back", lambda: None)
             read(1, 5)
             read(2, 200)
@@ -247,7 +247,7 @@ def test_a_thousand_rings_leave_nothing_behind(packed: PackedStore, roomy: Daemo
 
         def as_before() -> bool:
             copier.take_back(wait=True)
-            return not any(copier._jobs)
+            return not copier._jobs
 
         assert eventually(as_before)
         assert maps() <= before[0] + 8
