@@ -31,10 +31,11 @@ has a CUDA device; that was not tried on one yet. A forked child must make a rin
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -44,7 +45,7 @@ from engram_client.arrays import to_host
 from engram_client.deadline import Deadline
 from engram_client.errors import BadRequest, Cancelled, DeadlineExceeded, Overloaded, TierstoreError
 from engram_client.hashing import Lookback, inputs
-from engram_client.staging_memory import Place, Places, lay_out
+from engram_client.staging_memory import Places, lay_out
 from engram_client.step import StepPrefetcher
 from engram_client.table import DEFAULT_TIMEOUT_S, Table
 from engram_client.transport.base import Filling
@@ -136,10 +137,13 @@ class StagingRing:
         `ids` are token ids [B,T] or [T] (`dead` and `lookback` as `StepPrefetcher.start` takes them); for
         a ring of one table n-gram keys [..., orders], or row ids [...] where it has no hash scheme. Raises
         Overloaded where the slot is still in use, BadRequest where `step` is not above the last one or
-        there are more positions than entries, and what a prefetch raises.
+        there are more positions than entries, and what a prefetch raises. If that is for a later layer than
+        the first, the step's number is used up: its first rows may have been stamped with it.
         """
+        if self._pid != os.getpid():  # before the lock, which another thread may have held at the fork
+            raise BadRequest("this staging ring is that of the process this one is a fork of; make another")
         with self._starting:
-            self._check(step)
+            step = self._checked(step)
             slot = self._started % self.slots
             occupancy = self._move_in(slot)
             staged = StagedStep(self, step, slot, occupancy)
@@ -147,15 +151,20 @@ class StagingRing:
                 self._fill(staged, occupancy.fillings, ids, dead, lookback)
             except BaseException:
                 staged.release()
+                if occupancy.fillings:
+                    self._last_step = step
                 raise
             self._started, self._last_step = self._started + 1, step
             return staged
 
-    def _check(self, step: int) -> None:
-        if self._pid != os.getpid():
-            raise BadRequest("this staging ring is that of the process this one is a fork of; make another")
-        if not self._last_step < step <= STEP_MAX:
-            raise BadRequest(f"steps must ascend: the last one was {self._last_step}, this one is {step}")
+    def _checked(self, step: Any) -> int:
+        try:
+            number = operator.index(step)
+        except TypeError:
+            raise BadRequest(f"a step has a whole number, got {step!r}") from None
+        if not self._last_step < number <= STEP_MAX:
+            raise BadRequest(f"steps must ascend: the last one was {self._last_step}, this one is {number}")
+        return number
 
     def _move_in(self, slot: int) -> _Occupancy:
         """Raises Overloaded."""
@@ -176,34 +185,36 @@ class StagingRing:
         dead: Any,
         lookback: Lookback | None,
     ) -> None:
-        begun: dict[int, Filling] = {}  # by the places of a table
-        for layer, keys in self._keys(ids, dead, lookback):
-            places, table = self._places[layer], self._tables[layer]
-            place = places.slots[staged.slot]
-            if id(places) not in begun:
-                begun[id(places)], staged.entries = self._stage(layer, table, keys, place, staged.step)
-            fillings[layer] = begun[id(places)]
+        if self._steps is not None:
+            tokens = inputs.as_tokens(to_host(ids))
+            mask = None if dead is None else inputs.as_dead(to_host(dead), tokens.shape)
+            self._fill_layers(staged, fillings, self._steps.keys(tokens, mask, lookback=lookback))
+        elif dead is None and lookback is None:
+            fillings[None], staged.entries = self._stage(None, ids, staged)
+        else:
+            raise BadRequest(
+                "a ring of one table takes n-gram keys or row ids alone, -1 where nothing is wanted"
+            )
 
-    def _stage(
-        self, layer: int | None, table: Table, keys: Any, place: Place, step: int
-    ) -> tuple[Filling, int]:
+    def _fill_layers(
+        self,
+        staged: StagedStep,
+        fillings: dict[int | None, Filling],
+        keys_by_layer: Iterable[tuple[int, np.ndarray]],
+    ) -> None:
+        begun: dict[int, Filling] = {}  # by the places of a table, which layers may share
+        for layer, keys in keys_by_layer:
+            shared = id(self._places[layer])
+            if shared not in begun:
+                begun[shared], staged.entries = self._stage(layer, keys, staged)
+            fillings[layer] = begun[shared]
+
+    def _stage(self, layer: int | None, ids: Any, staged: StagedStep) -> tuple[Filling, int]:
+        table, place = self._tables[layer], self._places[layer].slots[staged.slot]
         try:
-            return table.stage(keys, place, step, heads=self._heads, timeout=self._timeout_s)
+            return table.stage(ids, place, staged.step, heads=self._heads, timeout=self._timeout_s)
         except TierstoreError as error:
             raise _named(error, layer, table) from error
-
-    def _keys(self, ids: Any, dead: Any, lookback: Lookback | None) -> Iterator[tuple[int | None, Any]]:
-        """Each layer and what to ask for, in the order in which layers run."""
-        if self._steps is None:
-            if dead is not None or lookback is not None:
-                raise BadRequest(
-                    "a ring of one table takes n-gram keys or row ids alone, -1 where nothing is wanted"
-                )
-            yield None, ids
-            return
-        tokens = inputs.as_tokens(to_host(ids))
-        mask = None if dead is None else inputs.as_dead(to_host(dead), tokens.shape)
-        yield from self._steps.keys(tokens, mask, lookback=lookback)
 
 
 def _tables_of(source: Table | StepPrefetcher) -> dict[int | None, Table]:
@@ -247,6 +258,8 @@ class StagedStep:
         `timeout` in seconds. Raises DeadlineExceeded where they are late (the step stays valid), Cancelled
         once it was released, or what the look-up raised; then they will not be stamped.
         """
+        if self._pid != os.getpid():
+            raise Cancelled("this step is that of the process this one is a fork of")
         deadline = Deadline.after(timeout)
         for layer, filling in self._chosen(layer_id).items():
             if self._occupancy.released:

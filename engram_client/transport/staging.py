@@ -7,7 +7,6 @@ daemon go away, the rows are looked up, and stamped, by whoever waits for them.
 
 from __future__ import annotations
 
-import os
 import threading
 
 import numpy as np
@@ -97,7 +96,6 @@ class CopiedRows:
         self._failure: TierstoreError | None = None
         self._landed = False
         self._looking_up = threading.Lock()
-        self._pid = os.getpid()
 
     def done(self) -> bool:
         return self._job.state() > copying.WAITING
@@ -107,8 +105,6 @@ class CopiedRows:
             return
         if self._failure is not None:
             raise self._failure
-        if self._pid != os.getpid():
-            raise Cancelled("this step is that of the process this one is a fork of")
         try:
             self._wait(Deadline.after(timeout_s))
         except TierstoreError as error:

@@ -111,6 +111,8 @@ def test_what_is_refused(packed: PackedStore, client: Client) -> None:
     for step in (4, 0, -1, 2**63):
         with pytest.raises(errors.BadRequest, match="steps must ascend"):
             ring.start(step, keys)
+    with pytest.raises(errors.BadRequest, match=r"whole number, got 5\.5"):
+        ring.start(5.5, keys)  # type: ignore[arg-type]
     for wrong, what in (
         (np.repeat(keys, 2, axis=0), "8 entries do not fit a slot of 4"),
         (np.full((1, 3), -2), "neither -1"),
@@ -128,6 +130,31 @@ def test_what_is_refused(packed: PackedStore, client: Client) -> None:
         staged.wait(30)
     with pytest.raises(errors.Cancelled):
         staged.wait(0)
+
+
+def test_a_step_that_failed_at_a_later_layer_has_used_its_number(
+    packed: PackedStore, opened_store: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = CompressedTokenizer(packed.directory.parent / "tokenizer.json")
+    with connect(f"local:{opened_store.directory}") as client:
+        tables = {1: client.table(V41), 14: client.table(V41_14)}
+        ring = StagingRing(StepPrefetcher(tables, tokenizer), entries=4)
+
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise errors.Overloaded("full")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(tables[14], "stage", refuse)
+            with pytest.raises(errors.Overloaded, match=r"layer 14 \(table 'v41-14'\): full"):
+                ring.start(3, [1, 2])
+            patched.setattr(tables[1], "stage", refuse)
+            with pytest.raises(errors.Overloaded, match="layer 1 "):
+                ring.start(4, [1, 2])
+        with pytest.raises(errors.BadRequest, match="the last one was 3"):
+            ring.start(3, [1, 2])
+        with ring.start(4, [1, 2]) as staged:
+            assert staged.slot == 0
+            staged.wait(30)
 
 
 def test_who_drops_a_step_frees_its_slot(packed: PackedStore, client: Client) -> None:

@@ -276,7 +276,11 @@ with connect(sys.argv[1]) as client:
             os._exit(2)
         except errors.BadRequest as error:
             assert "fork" in str(error)
-        held.release()
+        try:
+            held.wait()
+            os._exit(4)
+        except errors.Cancelled:
+            held.release()
         del held
         own = StagingRing(table, entries=200)
         for step in range(4):

@@ -188,8 +188,8 @@ def test_staging(capsys: pytest.CaptureFixture[str], data: Path) -> None:
     sizes = ["--rows-per-head", "2000", "--windows", "2", "--sizes", "1,64", "--busy-us", "50"]
     found = figures(capsys, data, "staging", *sizes, "--dram-bytes", "512MiB")
     for tokens in ("1", "64"):
-        assert 0 < found[tokens]["start_us"]["p50"] <= found[tokens]["stamped_us"]["p50"]
-        for pair in ("stamped_to_lookup", "busy"):
+        assert 0 < found[tokens]["start_us"]["p50"] <= found[tokens]["there_us"]["p50"]
+        for pair in ("there_to_lookup", "busy"):
             assert_pairs(found[tokens][pair])
 
 

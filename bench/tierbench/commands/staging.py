@@ -1,4 +1,4 @@
-"""Measure a staging ring: what starting a step costs, and when its rows are stamped, beside a look-up.
+"""Measure a staging ring: what starting a step costs, and until its rows are there, beside a look-up.
 
 One client of a real daemon over shared memory, everything in DRAM; the look-up is `lookup_ngrams_into` the
 ring's own memory. Also a caller who is busy in Python between asking and using, beside one that looks up
@@ -27,7 +27,7 @@ from tierbench.record import compare, summarize
 LAYERS = 2  # V4.1: a token is one n-gram of three orders at each of two layers
 TOKENS_A_WINDOW, CALLS = 32768, (40, 2000)  # calls in a window, fewest and most
 TOKENS_KEPT, BATCHES_MAX = 8192, 64  # different batches, all in DRAM
-COLUMNS = ("tokens", "start", "stamped", "look-up", "stamped : look-up", "busy, ahead : not ahead", "spread")
+COLUMNS = ("tokens", "start", "there", "look-up", "there : look-up", "busy, ahead : not ahead", "spread")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ class Steps:
                 table.lookup_ngrams(keys)
         self._table, self._turns = table, turns
         self._ring = StagingRing(table, entries=LAYERS * tokens)
-        self._words, self._rows = self._ring.words(), self._ring.rows()
+        self._rows = self._ring.rows()
         self._step = 0
 
     def _next(self) -> np.ndarray:
@@ -75,16 +75,15 @@ class Steps:
         return self._keys[self._step % len(self._keys)]
 
     def staged(self) -> tuple[float, float]:
-        """Microseconds until `start` returned, and until the rows were stamped."""
+        """Microseconds until `start` returned, and until a `wait` right after it did."""
         keys = self._next()
         before = time.perf_counter_ns()
         staged = self._ring.start(self._step, keys)
         started = time.perf_counter_ns()
-        while self._words[staged.slot] != self._step:
-            pass
-        stamped = time.perf_counter_ns()
+        staged.wait()
+        there = time.perf_counter_ns()
         staged.release()
-        return (started - before) / 1e3, (stamped - before) / 1e3
+        return (started - before) / 1e3, (there - before) / 1e3
 
     def looked_up(self) -> tuple[float, float]:
         """Microseconds of a look-up into a slot, twice."""
@@ -134,9 +133,9 @@ def _measure(steps: Steps, tokens: int, windows: int) -> dict[str, Any]:
     medians = {name: [float(np.median(part[:, 1])) for part in parts] for name, parts in found.items()}
     return {
         "start_us": summarize(all_of["staged"][:, 0]),
-        "stamped_us": summarize(all_of["staged"][:, 1]),
+        "there_us": summarize(all_of["staged"][:, 1]),
         "lookup_us": summarize(all_of["looked_up"][:, 1]),
-        "stamped_to_lookup": compare(medians["staged"], medians["looked_up"]),
+        "there_to_lookup": compare(medians["staged"], medians["looked_up"]),
         "busy": compare(medians["busy_ahead"], medians["busy_then_looked_up"]),
     }
 
@@ -150,8 +149,8 @@ def _lines(results: dict[str, Any], sizes: tuple[int, ...]) -> list[list[str]]:
         found = results[str(tokens)]
         busy = found["busy"]
         lines.append([
-            f"{tokens}", show(found["start_us"]), show(found["stamped_us"]), show(found["lookup_us"]),
-            f"{found['stamped_to_lookup']['ratio_median']:.2f}", f"{busy['ratio_median']:.3f}",
+            f"{tokens}", show(found["start_us"]), show(found["there_us"]), show(found["lookup_us"]),
+            f"{found['there_to_lookup']['ratio_median']:.2f}", f"{busy['ratio_median']:.3f}",
             f"{busy['ratio_min']:.3f} to {busy['ratio_max']:.3f}",
         ])  # fmt: skip
     return lines
