@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import mmap
+import os
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ class StagingMemory:
         np.asarray(self)[:: mmap.PAGESIZE] = 0
         runtime = _pin(self.address, size_bytes)
         self.pinned = runtime is not None
-        weakref.finalize(self, _let_go, runtime, self.address, mapping).atexit = False
+        weakref.finalize(self, _let_go, runtime, os.getpid(), self.address, mapping).atexit = False
 
 
 def _pin(address: int, size_bytes: int) -> Any:
@@ -67,9 +68,9 @@ def _pin(address: int, size_bytes: int) -> Any:
     return None
 
 
-def _let_go(runtime: Any, address: int, mapping: mmap.mmap) -> None:
-    """The mapping goes with its last user, which is this call."""
-    if runtime is not None:
+def _let_go(runtime: Any, pid: int, address: int, mapping: mmap.mmap) -> None:
+    """The mapping goes with its last user, which is this call. A forked child has nothing pinned."""
+    if runtime is not None and pid == os.getpid():
         runtime.cudaHostUnregister(address)
 
 

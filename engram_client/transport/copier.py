@@ -98,7 +98,7 @@ class Copier:
             if self._closed or self._thread is None or place in self._jobs:
                 return None
             self._opened += 1
-            job = CopyJob(self, place, self._opened, request, (view, landing, arrays))
+            job = CopyJob(self, place, self._opened, request, (self._words, view, landing, arrays))
             self._jobs[place] = job
             target = (landing.address, landing.word, landing.step, view.part_bytes)
             copying.open_job(self.address, place, self._opened, state, np.array(target + words, np.int64))

@@ -73,11 +73,11 @@ def _begin_small(view: View, copier: Copier, landing: Landing, again: Again) -> 
         return LANDED
     orders = (misses % view.orders).astype(np.uint8)
     request = view.mailbox.post(view.request, ids[misses], orders, view.part_bytes, again.deadline)
-    view.count(ids.size, masked, ids.size - masked - misses.size)
     job = copier.follow(view, request, misses, landing)
     if job is None:
         request.give_back()
         return None
+    view.count(ids.size, masked, ids.size - masked - misses.size)
     return CopiedRows(job, landing, again)
 
 
