@@ -52,7 +52,7 @@ def start_filling(
 
     `otherwise` looks the rows up should the daemon go away.
     """
-    if not view.entries_max:
+    if not view.entries_max:  # not even one entry has room
         return None
     again = Again(request, Deadline.after(timeout_s), otherwise)
     begin = _begin_small if request.ids.size <= SMALL_ENTRIES else _begin_large
@@ -71,6 +71,8 @@ def _begin_small(view: View, copier: Copier, landing: Landing, again: Again) -> 
     if not misses.size:
         copying.stamp(landing.word, landing.step)
         return LANDED
+    if misses.size > view.entries_max:
+        return None
     orders = (misses % view.orders).astype(np.uint8)
     request = view.mailbox.post(view.request, ids[misses], orders, view.part_bytes, again.deadline)
     job = copier.follow(view, request, misses, landing)
