@@ -17,6 +17,7 @@ from engram_client.errors import TierstoreError
 from engram_client.hashing import Lookback, NgramHashMapping
 from engram_client.prefetch import Handle
 from engram_client.spec import Field, HashScheme, RowLayout, TableSpec
+from engram_client.staging import StagedStep, StagingRing
 from engram_client.step import Step, StepPrefetcher
 from engram_client.table import Table
 from engram_client.tokenizer import CompressedTokenizer
@@ -30,6 +31,8 @@ __all__ = [
     "Lookback",
     "NgramHashMapping",
     "RowLayout",
+    "StagedStep",
+    "StagingRing",
     "Step",
     "StepPrefetcher",
     "Table",

@@ -32,7 +32,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -140,20 +140,33 @@ class StepPrefetcher:
         self, tokens: np.ndarray, dead: np.ndarray | None, lookback: Lookback | None, shape: tuple[int, ...]
     ) -> Step:
         step = Step(self, self._opened(), shape, dead if dead is None else dead.reshape(shape))
-        hashed: dict[int, _Keys] = {}  # layers may hash alike
+        distinct: dict[int, _Keys] = {}
         try:
-            for layer, table in self._tables.items():
-                scheme = _scheme(layer, table).layer_id
-                if scheme not in hashed:
-                    keys = self.mapping.ngram_keys(tokens, scheme, dead, lookback=lookback)
-                    if dead is not None:
-                        keys[dead] = -1
-                    hashed[scheme] = self._distinct(keys.reshape(-1, keys.shape[-1]))
-                step.ask(layer, hashed[scheme])
+            for layer, keys in self.keys(tokens, dead, lookback=lookback):
+                if id(keys) not in distinct:
+                    distinct[id(keys)] = self._distinct(keys)
+                step.ask(layer, distinct[id(keys)])
         except BaseException:
             step.close()
             raise
         return step
+
+    def keys(
+        self, tokens: np.ndarray, dead: np.ndarray | None, *, lookback: Lookback | None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Each layer and its n-gram keys, int64 [positions, orders]; one array where layers hash alike.
+
+        -1 where dead. In the order in which layers run, and hashed no sooner than asked for.
+        """
+        hashed: dict[int, np.ndarray] = {}
+        for layer, table in self._tables.items():
+            scheme = _scheme(layer, table).layer_id
+            if scheme not in hashed:
+                keys = self.mapping.ngram_keys(tokens, scheme, dead, lookback=lookback)
+                if dead is not None:
+                    keys[dead] = -1
+                hashed[scheme] = keys.reshape(-1, keys.shape[-1])
+            yield layer, hashed[scheme]
 
     def _distinct(self, keys: np.ndarray) -> _Keys:
         return find_distinct(keys) if len(keys) >= self._dedupe_from else _Keys(keys, None)

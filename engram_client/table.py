@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,7 +15,9 @@ from engram_client.hashing import NgramHashMapping, inputs, recover_keys, row_id
 from engram_client.ids import check_keys, check_row_ids
 from engram_client.prefetch import Handle, Prefetcher
 from engram_client.spec import HashScheme, TableSpec
-from engram_client.transport.base import HitPath, LookupRequest, PendingRows, Transport
+from engram_client.staging_memory import LandingInThread, Place
+from engram_client.transport.base import Filling, HitPath, LookupRequest, PendingRows, Transport
+from engram_client.transport.staging import LANDED
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +38,9 @@ class _Query:
 
 def _kept(query: _Query) -> _Query:
     """With ids of its own: the caller may fill his array with the next step's before they are read."""
-    return replace(query, request=replace(query.request, ids=query.request.ids.copy()))
+    asked = query.request
+    ids = asked.ids.copy()  # `dataclasses.replace` would take longer than a small one's copy
+    return _Query(LookupRequest(asked.table, asked.generation, asked.address, ids, asked.heads), query.shape)
 
 
 class Table:
@@ -148,6 +152,57 @@ class Table:
     def prefetch(self, row_ids: Any, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> Handle:
         """Start `lookup`; the handle's `wait` returns its rows. Raises Overloaded."""
         return self._start(self._by_rows(row_ids), row_ids, timeout)
+
+    def staged_shape(self, heads: slice | None = None) -> tuple[int, int]:
+        """What one entry of a staging ring holds: rows, and bytes of each.
+
+        An entry is a line of n-gram keys, or a row id where the table has no hash scheme.
+        """
+        if self.spec.scheme is None and heads is None:
+            return 1, self.spec.row_bytes
+        start, stop = self._heads(heads) or (0, self._scheme().heads)
+        return self._scheme().orders * (stop - start), self.spec.row_bytes
+
+    def prepare_staging(self) -> None:
+        """So that the first `stage` takes no longer than the others."""
+        self._transport.prepare_filling()
+
+    def stage(
+        self,
+        ids: Any,
+        place: Place,
+        step: int,
+        *,
+        heads: slice | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT_S,
+    ) -> tuple[Filling, int]:
+        """Start to read entries into a place that is free (engram_client/staging.py); how many they are.
+
+        Its word is stamped with `step` once all are there. Small batches of hits are there when this returns.
+        """
+        place.unstamp()
+        path = self._hit_path if heads is None else self._hit_path_to(heads)
+        if (
+            path is not None
+            and type(ids) is np.ndarray
+            and ids.ndim == 2
+            and len(ids) <= place.entries
+            and ids.size <= INLINE_KEYS_MAX
+            and path(ids, place.rows[: len(ids)]) is not None
+        ):
+            place.stamp(step)
+            return LANDED, len(ids)
+        query = self._by_rows(ids) if self.spec.scheme is None else self._by_ngrams(ids, heads)
+        entries = math.prod(query.shape) // place.entry_bytes
+        landing = place.landing(entries, step)
+        if not entries:
+            place.stamp(step)
+            return LANDED, 0
+        query = _kept(query)
+        begun = self._transport.start_filling(query.request, landing, timeout)
+        if begun is None:
+            begun = LandingInThread(self._prefetcher, landing, lambda: self._read(query, timeout))
+        return begun, entries
 
     def warm_ngrams(self, ngram_keys: Any) -> bool:
         """Have the service read these records into DRAM, soon; nothing is sent back.

@@ -24,6 +24,16 @@ def _pointer(builder: ir.IRBuilder, address: ir.Value, pointee: ir.Type) -> ir.V
 
 
 @intrinsic
+def word_pointer(typingctx: Any, address: Any) -> Any:
+    """An 8-byte aligned address as a pointer to int64, as numba.carray takes it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _pointer(builder, args[0], _I64)
+
+    return types.CPointer(types.int64)(types.int64), codegen
+
+
+@intrinsic
 def load_acquire(typingctx: Any, address: Any) -> Any:
     """int64 at an 8-byte aligned address; nothing later is read before it."""
 

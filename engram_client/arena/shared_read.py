@@ -167,6 +167,27 @@ def count_lookup(view, keys, masked, hits):
     fetch_add(counters + 24, hits)
 
 
+@inline_kernel
+def read_view(view, keys, orders, out, misses, counts, to_the_end):
+    """As `read_shared`, of keys in a row, to an address; `misses` has room for all of them."""
+    if load_acquire(view[CONTROL]) != view[SERVING]:
+        return NOT_SERVING
+    touches, tally = np.empty(keys.size, np.int64), np.zeros(3, np.int64)
+    if view[NEW_REGION + INDEX] == 0:
+        list_wanted(view[PART_BYTES], keys, out, misses, tally)
+    else:
+        read_all(view, keys, orders, out, misses, touches, tally, to_the_end)
+    missed = tally[MISSED]
+    if missed != 0 and not to_the_end:
+        return missed
+    if missed == 0:
+        count_lookup(view, keys.size, tally[MASKED], keys.size - tally[MASKED])
+    if tally[TOUCHED] != 0:
+        write_touches(view[MAILBOX], view[TOUCH_MASK], touches, tally[TOUCHED])
+    counts[0] = tally[MASKED]
+    return missed
+
+
 @kernel
 def read_shared(view, keys, rows, misses, counts):
     """Copy a part of each record found, zeros for key -1; the number of entries not found.
@@ -177,22 +198,8 @@ def read_shared(view, keys, rows, misses, counts):
     and then leaves nothing behind. Returns NOT_SERVING where the daemon has told its clients to stop.
     Counts the look-up where nothing is missing.
     """
-    if load_acquire(view[CONTROL]) != view[SERVING]:
-        return NOT_SERVING
-    flat, out, to_the_end = keys.reshape(keys.size), np.int64(rows.ctypes.data), misses.size != 0
+    to_the_end = misses.size != 0
     if not to_the_end:
         misses = np.empty(keys.size, np.int64)
-    touches, tally = np.empty(keys.size, np.int64), np.zeros(3, np.int64)
-    if view[NEW_REGION + INDEX] == 0:
-        list_wanted(view[PART_BYTES], flat, out, misses, tally)
-    else:
-        read_all(view, flat, keys.shape[1], out, misses, touches, tally, to_the_end)
-    missed = tally[MISSED]
-    if missed != 0 and not to_the_end:
-        return missed
-    if missed == 0:
-        count_lookup(view, keys.size, tally[MASKED], keys.size - tally[MASKED])
-    if tally[TOUCHED] != 0:
-        write_touches(view[MAILBOX], view[TOUCH_MASK], touches, tally[TOUCHED])
-    counts[0] = tally[MASKED]
-    return missed
+    out = np.int64(rows.ctypes.data)
+    return read_view(view, keys.reshape(keys.size), keys.shape[1], out, misses, counts, to_the_end)

@@ -6,6 +6,7 @@ cached. A failed call returns minus errno, as the kernel itself does.
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 from numba import types
@@ -13,6 +14,7 @@ from numba import types
 from engram_client.arena.atomics import load_int
 from engram_client.jit import inline_kernel
 
+WRITE = {"x86_64": 1, "aarch64": 64}[platform.machine()]
 _errno_location: Any = types.ExternalFunction("__errno_location", types.int64())
 _syscall: Any = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
 

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from engram_client.spec import TableSpec
+from engram_client.transport.landing import Landing
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,23 @@ class PendingRows(Protocol):
 
     def cancel(self) -> bool:
         """Give the rows up and free their memory; idempotent, from anywhere at any time."""
+
+
+class Filling(Protocol):
+    """A look-up that somebody else works on, into a place of a staging ring."""
+
+    def done(self) -> bool:
+        """Whether `wait` would not wait: the rows landed, failed, or are to be looked up anew."""
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Return once the rows are there and stamped; may be called again.
+
+        Raises TimeoutError where they are not in time (and may be waited for again), Cancelled, and what
+        `lookup` raises; then they will never be stamped.
+        """
+
+    def give_up(self) -> bool:
+        """Have nothing more written there; False while something is. From anywhere at any time, and again."""
 
 
 HitPath = Callable[[np.ndarray, np.ndarray | None], np.ndarray | None]
@@ -85,6 +103,17 @@ class Transport(Protocol):
         """Begin a look-up that needs no thread of this process; None where there is no such way now.
 
         Takes microseconds. `request.ids` must not change meanwhile.
+        """
+
+    def prepare_filling(self) -> None:
+        """Have all that `start_filling` needs at hand, so that the first one is as quick as the others."""
+
+    def start_filling(
+        self, request: LookupRequest, landing: Landing, timeout_s: float | None
+    ) -> Filling | None:
+        """Begin a look-up into staging memory as `start_lookup`; None where there is no such way now.
+
+        The completion word is "not there" already. `request.ids` must not change meanwhile.
         """
 
     def prefetch(self, request: LookupRequest) -> bool:

@@ -31,6 +31,7 @@ from engram_client.errors import (
 )
 from engram_client.spec import TableSpec
 from engram_client.transport.base import LookupRequest, PendingRows
+from engram_client.transport.landing import Landing
 from engram_client.transport.splitting import (
     Limits,
     entries_per_call,
@@ -151,6 +152,12 @@ class GrpcTransport:
                 return self.fetch(request, entry_bytes, deadline.remaining_s())
 
         return PendingCall(call, take)
+
+    def prepare_filling(self) -> None:
+        """There is nothing to prepare."""
+
+    def start_filling(self, request: LookupRequest, landing: Landing, timeout_s: float | None) -> None:
+        """gRPC's threads run Python; any other will do."""
 
     def prefetch(self, request: LookupRequest) -> bool:
         return self._by_the_limits(lambda: self._hint(request))

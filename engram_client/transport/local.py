@@ -10,6 +10,7 @@ import numpy as np
 from engram_client.errors import Cancelled, Unavailable
 from engram_client.spec import TableSpec
 from engram_client.transport.base import HitPath, LookupRequest
+from engram_client.transport.landing import Landing
 
 
 class LocalTransport:
@@ -59,6 +60,12 @@ class LocalTransport:
 
     def start_lookup(self, request: LookupRequest, entry_bytes: int, timeout_s: float | None) -> None:
         """A look-up takes a thread."""
+
+    def prepare_filling(self) -> None:
+        """There is nothing to prepare."""
+
+    def start_filling(self, request: LookupRequest, landing: Landing, timeout_s: float | None) -> None:
+        """As `start_lookup`."""
 
     def prefetch(self, request: LookupRequest) -> bool:
         return bool(self._store.prefetch(request))

@@ -92,8 +92,11 @@ class Mailbox:
         request.send(words, entries, deadline)
         return request
 
-    def take(self, entries: int, part_bytes: int) -> Request:
-        """A slot and memory for a request that is not sent yet. Raises MailboxBusy."""
+    def take(self, entries: int, part_bytes: int, numbers: int = 1) -> Request:
+        """A slot and memory for a request that is not sent yet, or `numbers` one after another.
+
+        Raises MailboxBusy.
+        """
         memory = RequestMemory(entries, part_bytes)
         granules = -(-memory.total_bytes // GRANULE_BYTES)
         with self._lock:
@@ -103,8 +106,9 @@ class Mailbox:
                 raise MailboxBusy("its requests on the way take all slots or memory")
             slot = self._free_slots.pop()
             self._taken[first : first + granules] = b"\1" * granules
-            self._numbers[slot] += 1
-            return Request(self, slot, self._numbers[slot], first * GRANULE_BYTES, granules, memory)
+            number = self._numbers[slot] + 1
+            self._numbers[slot] += numbers
+            return Request(self, slot, number, first * GRANULE_BYTES, granules, memory)
 
     def _reap(self) -> None:
         """Take back what was given back, as far as the daemon is done with it."""
@@ -145,7 +149,7 @@ class Mailbox:
             self._returned.append(request)
 
     def ring(self, slot: int) -> None:
-        requests.post(self.address + PENDING_AT, slot)
+        requests.post(self.pending_at, slot)
         os.eventfd_write(self._doorbell, 1)
 
     def slot_at(self, slot: int) -> int:
@@ -166,6 +170,15 @@ class Mailbox:
     @property
     def gone_at(self) -> int:
         return int(self._gone.ctypes.data)
+
+    @property
+    def pending_at(self) -> int:
+        return self.address + PENDING_AT
+
+    @property
+    def doorbell(self) -> int:
+        """The daemon's eventfd; closed with this object."""
+        return self._doorbell
 
     @property
     def counters(self) -> np.ndarray:
@@ -213,12 +226,28 @@ class Request:
     def send(self, words: tuple[int, int, int], entries: np.ndarray, deadline: Deadline) -> None:
         """Have the daemon fill the rows of `entries`, int64 [n]; those of -1 are left as they are."""
         self._mailbox.data(self.at, 8 * entries.size).view(np.int64)[:] = entries
+        self._describe(words, entries.size, deadline)
+        self._mailbox.ring(self.slot)
+
+    def prepare(self, words: tuple[int, int, int], deadline: Deadline) -> None:
+        """Write all but what is asked for: a kernel does that and sends it, or answers it itself."""
+        self._describe(words, 0, deadline)
+
+    def unsend(self) -> None:
+        """No kernel took what `prepare` made."""
+        self._sent = False
+
+    def _describe(self, words: tuple[int, int, int], entries: int, deadline: Deadline) -> None:
         left_s = deadline.remaining_s()
         table, address, heads = words
         timeout_ns = -1 if left_s is None else int(left_s * 1e9)
-        self.words[:] = (self.number, table, address, entries.size, self.at, heads, timeout_ns, 0)
+        self.words[:] = (self.number, table, address, entries, self.at, heads, timeout_ns, 0)
         self._sent = True
-        self._mailbox.ring(self.slot)
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Of its slot and of its memory."""
+        return self._mailbox.slot_at(self.slot), self._mailbox.data_at(self.at)
 
     def answered(self) -> bool:
         return int(self._slot_bytes[DONE_AT : DONE_AT + 8].view(np.int64)[0]) >= self.number

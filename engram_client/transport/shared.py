@@ -16,13 +16,16 @@ from engram_client.deadline import Deadline
 from engram_client.errors import Cancelled
 from engram_client.spec import TableSpec
 from engram_client.transport.attachment import NO_COUNT, NO_MISSES, Attachment, View, ViewKey, one_kind_of
-from engram_client.transport.base import HitPath, LookupRequest, PendingRows
+from engram_client.transport.base import Filling, HitPath, LookupRequest, PendingRows
+from engram_client.transport.copier import Copier
 from engram_client.transport.grpc import GrpcTransport
 from engram_client.transport.handoff import NoSharedMemory
+from engram_client.transport.landing import Landing
 from engram_client.transport.link import FIRST_ATTEMPT_S, Link
 from engram_client.transport.mailbox import MailboxBusy, Request
 from engram_client.transport.short_way import ShortWay
 from engram_client.transport.staged import start_reading
+from engram_client.transport.staging import start_filling
 
 REQUESTS_AHEAD = 2  # of one look-up on the way at once
 
@@ -51,6 +54,7 @@ class SharedTransport:
     def __init__(self, path: str, remote: GrpcTransport) -> None:
         self._remote = remote
         self._link = Link(path)
+        self._copier = Copier()
         self._closed = False
 
     @property
@@ -83,6 +87,22 @@ class SharedTransport:
         if view is None:
             return self._remote.start_lookup(request, entry_bytes, timeout_s)
         return start_reading(view, request, timeout_s, self._remote.lookup)
+
+    def prepare_filling(self) -> None:
+        self._copier.start()
+
+    def start_filling(
+        self, request: LookupRequest, landing: Landing, timeout_s: float | None
+    ) -> Filling | None:
+        """The copier sees to what is not copied here and now."""
+        attachment = self._attachment()
+        if attachment is None:
+            return None
+        view = attachment.view((request.table, request.generation, request.address, request.heads))
+        if view is None:
+            return None
+        self._copier.start()
+        return start_filling(view, self._copier, request, landing, timeout_s, self.lookup)
 
     def prefetch(self, request: LookupRequest) -> bool:
         return self._remote.prefetch(request)
@@ -170,6 +190,7 @@ class SharedTransport:
     def close(self) -> None:
         self._closed = True
         self._link.close()
+        self._copier.close()
         self._remote.close()
 
 

@@ -197,6 +197,15 @@ def test_ahead(capsys: pytest.CaptureFixture[str], data: Path) -> None:
             assert 0 <= found["local"]["order"][shape][state]["in_order_share"] <= 1
 
 
+def test_staging(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    sizes = ["--rows-per-head", "2000", "--windows", "2", "--sizes", "1,64", "--busy-us", "50"]
+    found = figures(capsys, data, "staging", *sizes, "--dram-bytes", "512MiB")
+    for tokens in ("1", "64"):
+        assert 0 < found[tokens]["start_us"]["p50"] <= found[tokens]["there_us"]["p50"]
+        for pair in ("there_to_lookup", "busy"):
+            assert_pairs(found[tokens][pair])
+
+
 def test_wrong_sizes_are_one_line(capsys: pytest.CaptureFixture[str], data: Path) -> None:
     assert cli.main(["lookup", "--dir", str(data), "--fill", "2", *TINY]) == 2
     assert capsys.readouterr().err.count("\n") == 1
