@@ -139,7 +139,7 @@ class StagedRows:
         """Wait for the daemon; False where it is gone. Raises TimeoutError, DeadlineExceeded."""
         sooner = min((patience, self._again.deadline), key=lambda deadline: deadline.at_ns())
         try:
-            if self._staged.settled() or self._staged.wait_so_long(sooner):
+            if self._staged.wait_so_long(sooner):  # also where it has answered: only then rows are in order
                 return True
         except NoSharedMemory:
             return False
