@@ -24,6 +24,7 @@ from tierstore.format.geometry import PAGE_BYTES
 from tierstore.format.rowfile import RowFile
 from tierstore.kernels.jobs import LANDED
 from tierstore.kernels.stream import (
+    DOZES_MAX,
     PAGE,
     READ_FAILED,
     RUN,
@@ -140,7 +141,7 @@ class RowStream:
         wanted = (reading.plan.pages, reading.plan.piece_page, pieces.page_offsets, lengths, pieces.targets)
         row_bytes, uuid = reading.table.geometry.row_bytes, reading.table.uuid_words
         while True:
-            doze_ns = int(self._stream.advance(reading.deadline) * 1e9)
+            doze_ns = int(self._stream.advance(reading.deadline) * 1e9) // DOZES_MAX
             state = take_landed(
                 self._stream.words, self._runs, self._fates, wanted, row_bytes, reading.staging.ring,
                 reading.out, uuid, self._at, doze_ns,

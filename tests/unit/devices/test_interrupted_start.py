@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,32 +13,18 @@ import pytest
 
 from engram_client.deadline import Deadline
 from engram_client.errors import DeadlineExceeded
-from tierstore.devices.job_table import PLACES, JobReader
+from tests.support.idle_reader import IdleReader
+from tierstore.devices.job_table import PLACES
 from tierstore.kernels import jobs
-from tierstore.kernels.pread_worker import read_until_stopped
 from tierstore.tiers.staging import BUFFERS_MAX, Staging, StagingPool
 
 SOON = 60.0  # only a net
-
-
-class IdleReader(JobReader):
-    """Its worker claims nothing until told to, so a read stays under way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.go = threading.Event()
-        self._table.start_workers(1, "idle", self._work)
-
-    def _work(self, _: int) -> None:
-        self.go.wait()
-        read_until_stopped(self._table.address, PLACES, 0)
 
 
 @pytest.fixture
 def reader() -> Iterator[IdleReader]:
     reader = IdleReader()
     yield reader
-    reader.go.set()
     reader.close()
 
 
@@ -80,7 +65,7 @@ def test_what_nobody_has_claimed_is_not_read(reader: IdleReader, monkeypatch: py
     pool, pages = StagingPool(1 << 20, 4096), np.arange(4)
     with interrupting(monkeypatch, before=False), pool.take(Deadline.after(SOON)) as staging:
         start(reader, staging, pages)
-    assert jobs.claim_run(reader._table.address, PLACES, 0) == (-1, 0)
+    assert jobs.claim_run(reader.address, PLACES, 0) == (-1, 0)
     assert free_buffers(pool) == BUFFERS_MAX
 
 
@@ -102,7 +87,7 @@ def test_its_arrays_and_its_buffer_are_kept_until_it_has_ended(
     gc.collect()
     assert kept() is not None, "a worker reads these numbers"
     assert free_buffers(pool) == BUFFERS_MAX - 1, "a worker reads into this buffer"
-    jobs.end_run(jobs.job_at(reader._table.address, 0), 0, jobs.LANDED)
+    jobs.end_run(jobs.job_at(reader.address, 0), 0, jobs.LANDED)
     assert pool.drain(SOON)
     gc.collect()
     assert kept() is None
