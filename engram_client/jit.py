@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import pickle
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -27,6 +28,7 @@ import llvmlite
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
 
+BROKEN = (EOFError, pickle.UnpicklingError)  # what a file of the cache raises that is not whole
 KERNEL_FOLDERS = (
     ("engram_client", "arena"),
     ("engram_client", "hashing"),
@@ -72,12 +74,15 @@ def cache_folder() -> Path | None:
         reason = "it is not writable"
     except OSError as error:
         reason = str(error)
-    warnings.warn(
-        f"kernel cache {folder} cannot be used ({reason}): kernels compile anew in each process, "
-        "which costs several seconds; set TIERSTORE_KERNEL_CACHE to a writable folder",
-        stacklevel=2,
-    )
+    warnings.warn(_unusable(folder, reason), stacklevel=2)
     return None
+
+
+def _unusable(folder: Path, reason: str) -> str:
+    return (
+        f"kernel cache {folder} cannot be used ({reason}): kernels compile anew in each process, "
+        "which costs several seconds; set TIERSTORE_KERNEL_CACHE to a writable folder"
+    )
 
 
 class _DigestLocator:
@@ -115,15 +120,33 @@ class KernelFiles(IndexDataCacheFile):  # type: ignore[misc]
     numba numbers the files. Of two processes that compile different specialisations at once each may take
     number 1, and the index then leads from one's types to the other's machine code. So a file is named by
     what it is for; all that such a race can cost is an entry of the index, and compiling once more.
+
+    A file that was cut when the machine went down counts as missing; a disk that takes none is said once.
     """
+
+    def load(self, key: object) -> Any:
+        try:
+            return super().load(key)
+        except BROKEN:
+            return None
 
     def save(self, key: object, data: object) -> None:
         number = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big")
         name = self._data_name(number)
-        self._save_data(name, data)
-        overloads = self._load_index()
-        if overloads.get(key) != name:
-            self._save_index({**overloads, key: name})
+        try:
+            self._save_data(name, data)
+            overloads = self._load_index()
+            if overloads.get(key) != name:
+                self._save_index({**overloads, key: name})
+        except OSError as error:
+            warnings.warn(_unusable(Path(self._cache_path), str(error)), stacklevel=2)
+
+    def _load_index(self) -> dict[object, str]:
+        try:
+            found: dict[object, str] = super()._load_index()
+        except BROKEN:
+            return {}
+        return found
 
 
 class _KernelCache(FunctionCache):  # type: ignore[misc]

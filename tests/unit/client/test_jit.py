@@ -153,6 +153,20 @@ class TestKernelFiles:
         assert self.files(tmp_path).load("A") in ("code of A", None)
         assert self.files(tmp_path).load("B") in ("code of B", None)
 
+    @pytest.mark.parametrize("left", [0, 40])
+    @pytest.mark.parametrize("which", ["kernel.nbi", "kernel.*.nbc"])
+    def test_a_file_that_was_cut_is_made_anew(self, tmp_path: Path, which: str, left: int) -> None:
+        self.files(tmp_path).save("A", "code of A" * 10)
+        (path,) = tmp_path.glob(which)
+        path.write_bytes(path.read_bytes()[:left])
+        assert self.files(tmp_path).load("A") is None
+        self.files(tmp_path).save("A", "code of A")
+        assert self.files(tmp_path).load("A") == "code of A"
+
+    def test_a_disk_that_takes_nothing_is_said(self, tmp_path: Path) -> None:
+        with pytest.warns(UserWarning, match="kernels compile anew in each process"):
+            self.files(tmp_path / "gone").save("A", "code of A")
+
     def test_each_specialisation_comes_back(self, tmp_path: Path) -> None:
         for key in "AB":
             self.files(tmp_path).save(key, f"code of {key}")
