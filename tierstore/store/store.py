@@ -91,7 +91,12 @@ class Store:
         )
         self._extents = self._open_extents()
         self._filler = Filler(nvme, self._extents, staging, InFlight(), self.counters)
-        self._warm_kernels()
+        try:
+            self._warm_kernels()
+        except BaseException:  # Ctrl-C, more likely than not: where they are compiled this takes long
+            self._reader.close()
+            self._extents.close()
+            raise
         self._warmth = Warmth(
             self.directory / "warm", self._dram.arenas(), self._owners(), self.counters, config.dram
         )
