@@ -3,7 +3,7 @@
 A small batch is read from the arena at once, in microseconds; what it lacks the daemon puts into the
 mailbox's memory, and waiting copies that to the rest. A large batch is left to the daemon whole, so the
 caller goes on at once; its rows stay where the daemon has put them, and their memory is free for others
-when the last array over it is gone.
+when the last array over it is gone; or they are copied out, where others need the room (mailbox.py).
 
 Not promised: that a forked child finds its parent's rows of a large batch as they were. Their memory is
 the parent's, who lets others have it once no array of the parent's own lies over it.
@@ -160,7 +160,7 @@ class StagedRows:
             del kept  # or the error, which is kept, would keep the rows' memory by its traceback
             raise
         if self._found is None or self._misses is None:
-            return np.asarray(kept)
+            return np.asarray(kept) if self._staged.may_stay() else np.array(kept)
         self._staged.spread(self._misses, address_of(self._found))
         return self._found
 
