@@ -3,7 +3,8 @@
 Every hot loop is a free function on arrays, compiled without the GIL. numba's own on-disk cache
 looks only at the file a kernel is defined in: change a kernel in another file that it calls, and
 the old machine code comes back. So our cache lives in a folder named by a digest of all kernel
-sources and of numba's and llvmlite's versions; another digest is another folder.
+sources, of numba's and llvmlite's versions and of whether indices are checked (NUMBA_BOUNDSCHECK);
+another digest is another folder.
 
 The folder is `$TIERSTORE_KERNEL_CACHE`, else `$XDG_CACHE_HOME/tierstore/kernels`, else
 `~/.cache/tierstore/kernels`. Where it cannot be written, kernels compile anew in each process,
@@ -16,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import pickle
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -24,8 +26,9 @@ from typing import Any
 
 import llvmlite
 import numba
-from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
 
+BROKEN = (EOFError, pickle.UnpicklingError)  # what a file of the cache raises that is not whole
 KERNEL_FOLDERS = (
     ("engram_client", "arena"),
     ("engram_client", "hashing"),
@@ -45,8 +48,9 @@ def kernel_sources() -> list[Path]:
 
 
 def sources_digest(sources: list[Path]) -> str:
-    """16 hexadecimal digits over file names, file contents and compiler versions."""
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
+    """16 hexadecimal digits over file names, file contents and compiler."""
+    checked = "checked" if numba.config.BOUNDSCHECK else ""
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {checked}".encode())
     for path in sources:
         digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -70,12 +74,15 @@ def cache_folder() -> Path | None:
         reason = "it is not writable"
     except OSError as error:
         reason = str(error)
-    warnings.warn(
-        f"kernel cache {folder} cannot be used ({reason}): kernels compile anew in each process, "
-        "which costs several seconds; set TIERSTORE_KERNEL_CACHE to a writable folder",
-        stacklevel=2,
-    )
+    warnings.warn(_unusable(folder, reason), stacklevel=2)
     return None
+
+
+def _unusable(folder: Path, reason: str) -> str:
+    return (
+        f"kernel cache {folder} cannot be used ({reason}): kernels compile anew in each process, "
+        "which costs several seconds; set TIERSTORE_KERNEL_CACHE to a writable folder"
+    )
 
 
 class _DigestLocator:
@@ -107,8 +114,48 @@ class _CacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
     _locator_classes = [_DigestLocator]
 
 
+class KernelFiles(IndexDataCacheFile):  # type: ignore[misc]
+    """The machine code of one kernel: a file for each specialisation, and an index.
+
+    numba numbers the files. Of two processes that compile different specialisations at once each may take
+    number 1, and the index then leads from one's types to the other's machine code. So a file is named by
+    what it is for; all that such a race can cost is an entry of the index, and compiling once more.
+
+    A file that was cut when the machine went down counts as missing; a disk that takes none is said once.
+    """
+
+    def load(self, key: object) -> Any:
+        try:
+            return super().load(key)
+        except BROKEN:
+            return None
+
+    def save(self, key: object, data: object) -> None:
+        number = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big")
+        name = self._data_name(number)
+        try:
+            self._save_data(name, data)
+            overloads = self._load_index()
+            if overloads.get(key) != name:
+                self._save_index({**overloads, key: name})
+        except OSError as error:
+            warnings.warn(_unusable(Path(self._cache_path), str(error)), stacklevel=2)
+
+    def _load_index(self) -> dict[object, str]:
+        try:
+            found: dict[object, str] = super()._load_index()
+        except BROKEN:
+            return {}
+        return found
+
+
 class _KernelCache(FunctionCache):  # type: ignore[misc]
     _impl_class = _CacheImpl
+
+    def __init__(self, py_func: Callable[..., Any]) -> None:
+        super().__init__(py_func)
+        stamp = self._impl.locator.get_source_stamp()
+        self._cache_file = KernelFiles(self._cache_path, self._impl.filename_base, stamp)
 
 
 def kernel(function: Callable[..., Any]) -> Any:

@@ -75,34 +75,36 @@ def test_files_are_short() -> None:
     assert not problems, "\n".join(problems)
 
 
-def addresses_that_outlive(function: ast.FunctionDef) -> Iterator[ast.Assign]:
-    """Assignments, outside of loops, of the address of an array that this function has made."""
+def addresses_that_outlive(function: ast.FunctionDef) -> Iterator[ast.Attribute]:
+    """Where, outside of loops, the address of an array is taken that this function has made."""
     looped = {
         id(n) for loop in ast.walk(function) if isinstance(loop, ast.For | ast.While) for n in ast.walk(loop)
     }
-    assigned = [n for n in ast.walk(function) if isinstance(n, ast.Assign)]
     made = {
-        target.id
-        for assignment in assigned
-        if ast.unparse(assignment.value).startswith("np.")
+        name.id
+        for assignment in ast.walk(function)
+        if isinstance(assignment, ast.Assign) and re.search(r"\bnp\.", ast.unparse(assignment.value))
         for target in assignment.targets
-        if isinstance(target, ast.Name)
+        for name in ast.walk(target)
+        if isinstance(name, ast.Name)
     }
-    for assignment in assigned:
-        taken = re.findall(r"\b(\w+)\.ctypes\.data\b", ast.unparse(assignment.value))
-        if id(assignment) not in looped and made.intersection(taken):
-            yield assignment
+    for node in ast.walk(function):
+        if isinstance(node, ast.Attribute) and id(node) not in looped:
+            array, _, attribute = ast.unparse(node).partition(".")
+            if array in made and attribute == "ctypes.data":
+                yield node
 
 
 def test_kernels_keep_the_arrays_whose_addresses_they_use() -> None:
     """numba frees an array after the last mention of its name; an address from before a loop dangles."""
     problems = [
-        f"{relative(path)}:{assignment.lineno}: {ast.unparse(assignment)}; take the address where it is used"
+        f"{relative(path)}:{address.lineno}: {ast.unparse(address)}; take the address where it is used, and "
+        "mention the array again behind that"
         for path in python_files()
         if not relative(path).startswith("tests") and {"kernels", "arena"}.intersection(path.parts)
         for function in ast.walk(tree(path))
         if isinstance(function, ast.FunctionDef)
-        for assignment in addresses_that_outlive(function)
+        for address in addresses_that_outlive(function)
     ]
     assert not problems, "\n".join(problems)
 

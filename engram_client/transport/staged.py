@@ -4,6 +4,9 @@ A small batch is read from the arena at once, in microseconds; what it lacks the
 mailbox's memory, and waiting copies that to the rest. A large batch is left to the daemon whole, so the
 caller goes on at once; its rows stay where the daemon has put them, and their memory is free for others
 when the last array over it is gone; or they are copied out, where others need the room (mailbox.py).
+
+Not promised: that a forked child finds its parent's rows of a large batch as they were. Their memory is
+the parent's, who lets others have it once no array of the parent's own lies over it.
 """
 
 from __future__ import annotations
@@ -139,7 +142,7 @@ class StagedRows:
         """Wait for the daemon; False where it is gone. Raises TimeoutError, DeadlineExceeded."""
         sooner = min((patience, self._again.deadline), key=lambda deadline: deadline.at_ns())
         try:
-            if self._staged.settled() or self._staged.wait_so_long(sooner):
+            if self._staged.wait_so_long(sooner):  # also where it has answered: only then rows are in order
                 return True
         except NoSharedMemory:
             return False
@@ -151,7 +154,11 @@ class StagedRows:
         kept = self._staged.keep()
         if kept is None:
             raise Cancelled("this prefetch was cancelled")
-        self._staged.check()
+        try:
+            self._staged.check()
+        except TierstoreError:
+            del kept  # or the error, which is kept, would keep the rows' memory by its traceback
+            raise
         if self._found is None or self._misses is None:
             return np.asarray(kept) if self._staged.may_stay() else np.array(kept)
         self._staged.spread(self._misses, address_of(self._found))

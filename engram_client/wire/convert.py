@@ -110,7 +110,7 @@ def request_from_message(message: pb.LookupRequest, orders: int) -> LookupReques
             f"table {message.table!r}: {address} has {len(packed)} bytes, not a multiple of "
             f"{WIRE_INT64.itemsize * width} ({width} little-endian int64 an entry)"
         )
-    ids = np.frombuffer(packed, WIRE_INT64).astype(np.int64, copy=False)
+    ids = np.frombuffer(packed, WIRE_INT64).astype(np.int64)  # a copy: kernels know one kind of array
     heads = (message.heads.start, message.heads.stop) if message.HasField("heads") else None
     generation = message.generation.hex()
     if address == "ngram_keys":

@@ -267,3 +267,20 @@ def test_prefetches_given_up(packed: PackedStore, obedient: Daemon) -> None:
         mailbox._reap()
         assert not any(mailbox._taken)
         assert len(mailbox._free_slots) == SLOTS
+
+
+def test_a_failed_prefetch_keeps_no_memory(packed: PackedStore, obedient: Daemon) -> None:
+    """Also while its handle and its error are kept."""
+    with connect(obedient.unix) as client:
+        table, mailbox = client.table(V41), mailbox_of(client)
+        obedient.ask("hold")
+        late = table.prefetch_ngrams(random_keys(packed.oracles[V41], 3, seed=150), timeout=0)
+        assert eventually(late.done), "the daemon has given up"
+        with pytest.raises(errors.DeadlineExceeded):
+            late.wait(30)
+        mailbox._reap()
+        assert not any(mailbox._taken)
+        assert len(mailbox._free_slots) == SLOTS
+        with pytest.raises(errors.DeadlineExceeded):
+            late.wait(30)
+        obedient.ask("release")

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from tests.support.stores import (
     small_config,
 )
 from tierstore.catalog import Catalog
-from tierstore.store import open_store
+from tierstore.store import Store, open_store
 
 
 def works(client: Client, packed: PackedStore) -> bool:
@@ -72,6 +73,7 @@ def test_a_second_open_with_another_configuration_is_refused(packed: PackedStore
 
 OPEN_AND_SAY = """
 import sys
+import threading
 from engram_client import connect, errors
 try:
     connect("local:" + sys.argv[1])
@@ -278,3 +280,22 @@ def _pack_again(layout: Path, folder: Path) -> None:
 
     options = PackOptions(layout_file=layout, replace=True, prune=True)
     pack(layout.parent, folder, options, notify=lambda text: None, on_progress=lambda progress: None)
+
+
+def test_an_interrupted_open_leaves_nothing_behind(
+    packed: PackedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where kernels are compiled opening takes long enough to be interrupted."""
+    folder = packed.copy_to(tmp_path)
+
+    def interrupted(store: Store) -> None:
+        raise KeyboardInterrupt
+
+    before = set(threading.enumerate())
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "_warm_kernels", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            open_store(folder, small_config())
+    assert set(threading.enumerate()) <= before
+    with connect(f"local:{folder}") as client:
+        assert works(client, packed)

@@ -57,13 +57,15 @@ class PageReader(Protocol):
         buffer: int,
         *,
         hint: bool,
+        reads: list[PageRead],
     ) -> PageRead:
         """Begin to read: run i, `page_counts[i]` pages from page `first_pages[i]` on, lands at slot
         `slots[i]`.
 
         Arrays int64 [runs], at least one run; `buffer` is the address of a page-aligned buffer of
         4096-byte slots, which the caller keeps until the read has ended. `hint` says that nobody
-        waits yet: reads that somebody waits for go first.
+        waits yet: reads that somebody waits for go first. The read is put into `reads` before it
+        begins, so that it is known of even where a signal keeps this from returning.
         """
 
     def stream(
@@ -75,6 +77,7 @@ class PageReader(Protocol):
         buffer: int,
         *,
         hint: bool,
+        reads: list[PageRead],
         limit: int,
         fates: np.ndarray,
     ) -> PageStream:

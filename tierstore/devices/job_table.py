@@ -16,7 +16,7 @@ import numpy as np
 
 from engram_client.deadline import Deadline
 from engram_client.errors import Unavailable
-from tierstore.devices.base import PageReadFailed
+from tierstore.devices.base import PageRead, PageReadFailed
 from tierstore.kernels import jobs
 
 PLACES = 64  # more than there are staging buffers to read into
@@ -29,6 +29,7 @@ class JobTable:
     def __init__(self) -> None:
         self._words = np.zeros(jobs.HEADER_WORDS + PLACES * jobs.JOB_WORDS, np.int64)
         self.address = int(self._words.ctypes.data)
+        self._words[jobs.HEADER_WORDS + jobs.ENDED // 8 :: jobs.JOB_WORDS] = 1  # of every place
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for place in range(PLACES):
             self._free.put(place)
@@ -50,17 +51,21 @@ class JobTable:
         buffer: int,
         *,
         hint: bool,
+        reads: list[PageRead],
         limit: int | None = None,
         fates: np.ndarray | None = None,
     ) -> Job:
         """Begin to read runs; the arrays, int64, belong to the job until it has ended.
 
-        `limit` and `fates` make it a stream.
+        It is in `reads` by then, which keeps it and its arrays. `limit` and `fates` make it a stream.
         """
         if not any(thread.is_alive() for thread in self._threads):
             raise Unavailable("the page reader is closed")
         runs = (first_pages, page_counts, slots)
-        return Job(self, self._free.get(), fd, runs, buffer, hint, limit, fates)
+        job = Job(self, self._free.get(), fd, runs, buffer, hint, limit, fates)
+        reads.append(job)
+        job.begin()
+        return job
 
     def words_of(self, place: int) -> np.ndarray:
         start = jobs.HEADER_WORDS + place * jobs.JOB_WORDS
@@ -84,7 +89,10 @@ class JobTable:
 
 
 class Job:
-    """One read request under way. See `PageRead` and `PageStream`."""
+    """One read request under way. See `PageRead` and `PageStream`.
+
+    One that was made and never begun, because a signal came in between, has ended: so has its place.
+    """
 
     def __init__(
         self,
@@ -104,12 +112,16 @@ class Job:
         addresses = [a.ctypes.data for a in self._runs]
         count = self._runs[0].size
         stream = (count if limit is None else limit, 0 if fates is None else fates.ctypes.data)
-        jobs.open_job(table.address, place, int(hint), fd, count, *addresses, buffer, *stream, table.workers)
+        self._order = (place, int(hint), fd, count, *addresses, buffer, *stream, table.workers)
         self.words = (table.address, table.address_of(place), table.workers)
+
+    def begin(self) -> None:
+        """Let its runs be claimed."""
+        jobs.open_job(self._table.address, *self._order)
 
     def ended(self) -> bool:
         """Whether no read of this job is under way any more."""
-        if self._place is not None and self._table.words_of(self._place)[jobs.ENDED // 8] == 1:
+        if self._place is not None and jobs.has_ended(self._table.address, self._place):
             self._failure = self._table.words_of(self._place)[[jobs.PAGE // 8, jobs.ERRNO // 8]].tolist()
             self._table.give_back(self._place)
             self._place = None
@@ -142,6 +154,20 @@ class Job:
             jobs.withdraw(self._table.address, self._place)
 
 
+def rehearse(work: Callable[[int], object]) -> None:
+    """Load or compile what reading calls, with a table that nothing is read by.
+
+    `work` is what a worker does, given the address of a table; this one has stopped.
+    """
+    table, scratch = JobTable(), np.zeros(2, np.int64)
+    jobs.open_job(table.address, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    jobs.withdraw(table.address, 0)
+    jobs.wait_ended(table.address, 0, 0, scratch.ctypes.data)
+    jobs.has_ended(table.address, 0)
+    table.close()
+    work(table.address)
+
+
 class JobReader:
     """What every page reader over a job table does; see `PageReader`. Its workers are the subclass's."""
 
@@ -157,8 +183,9 @@ class JobReader:
         buffer: int,
         *,
         hint: bool,
+        reads: list[PageRead],
     ) -> Job:
-        return self._table.open(fd, first_pages, page_counts, slots, buffer, hint=hint)
+        return self._table.open(fd, first_pages, page_counts, slots, buffer, hint=hint, reads=reads)
 
     def stream(
         self,
@@ -169,11 +196,12 @@ class JobReader:
         buffer: int,
         *,
         hint: bool,
+        reads: list[PageRead],
         limit: int,
         fates: np.ndarray,
     ) -> Job:
         return self._table.open(
-            fd, first_pages, page_counts, slots, buffer, hint=hint, limit=limit, fates=fates
+            fd, first_pages, page_counts, slots, buffer, hint=hint, reads=reads, limit=limit, fates=fates
         )
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ pool and large ones do not hold up small ones.
 
 from __future__ import annotations
 
-from tierstore.devices.job_table import PLACES, JobReader
+from tierstore.devices.job_table import PLACES, JobReader, rehearse
 from tierstore.kernels.pread_worker import read_until_stopped
 
 
@@ -16,6 +16,7 @@ class PreadReader(JobReader):
 
     def __init__(self, threads: int) -> None:
         super().__init__()
+        rehearse(lambda table: read_until_stopped(table, PLACES, 0))
         spread = max(1, PLACES // threads)
         self._table.start_workers(
             threads, "pread", lambda i: read_until_stopped(self._table.address, PLACES, i * spread)

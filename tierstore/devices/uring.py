@@ -11,10 +11,12 @@ import logging
 import os
 import queue
 
-from tierstore.devices.job_table import PLACES, JobReader
+import numpy as np
+
+from tierstore.devices.job_table import PLACES, JobReader, rehearse
 from tierstore.devices.ring import Ring
 from tierstore.kernels.pread_worker import read_until_stopped
-from tierstore.kernels.uring_worker import drive_ring_until_stopped
+from tierstore.kernels.uring_worker import RING_WORDS, drive_ring_until_stopped
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,8 @@ class UringReader(JobReader):
         self._table.start_workers(1, "uring", lambda _: self._drive(outcome))
         if error := outcome.get():
             raise error
+        no_ring = np.zeros(RING_WORDS, np.int64)
+        rehearse(lambda table: drive_ring_until_stopped(table, PLACES, no_ring, queue_depth))
 
     def _drive(self, outcome: queue.SimpleQueue[OSError | None]) -> None:
         """The ring belongs to the thread that makes it, so it is made here."""

@@ -18,7 +18,7 @@ are still read: only runs below its limit are claimed, and its reader raises tha
               word 8  done     runs that have ended; the reader of a stream sleeps on it
               word 9  errno of the first failure, 0
               word 10 its page
-              word 11 ended    1 once all runs have; waiters sleep on it
+              word 11 ended    1 once all runs have, and while the place is free; waiters sleep on it
               word 12 limit    how many runs may be claimed, from the first on
               word 13 address of fates, uint32 [runs]: UNREAD, LANDED or FAILED; 0 where nobody asks
 
@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from engram_client.arena.atomics import (
     compare_and_swap,
+    fence_release,
     fetch_add,
     load_acquire,
     load_word,
@@ -123,6 +124,7 @@ def open_job(table, place, hint, fd, runs, first_pages, page_counts, slots, buff
     job = job_at(table, place)
     generation = (load_word(job + NEXT) >> GENERATION_SHIFT) + 1
     store_release(job + NEXT, (generation << GENERATION_SHIFT) | RUNS_MAX)
+    fence_release()  # who sees a word of this job must not claim a run of the one before it
     store_word(job + HINT, hint)
     store_word(job + FD, fd)
     store_word(job + RUNS, runs)
@@ -163,6 +165,12 @@ def withdraw(table, place):
         if compare_and_swap(job + NEXT, word, word + unclaimed):
             end_runs(job, unclaimed)
             return
+
+
+@kernel
+def has_ended(table, place):
+    """Whether nothing of a job is under way; what its workers wrote before is seen then."""
+    return load_acquire(job_at(table, place) + ENDED) == 1
 
 
 @kernel

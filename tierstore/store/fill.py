@@ -9,7 +9,7 @@ import numpy as np
 
 from engram_client.deadline import Deadline
 from tierstore.kernels.distinct import find_distinct
-from tierstore.kernels.rows import copy_parts
+from tierstore.kernels.rows import copy_parts, derive_row_ids
 from tierstore.store.in_flight import Claim, InFlight, wait_for
 from tierstore.store.table import Access
 from tierstore.tiers.counters import Counters
@@ -72,6 +72,16 @@ class Filler:
         self._staging = staging
         self._in_flight = in_flight
         self._counters = counters
+
+    def warm_up(self) -> None:
+        """Call the kernels with nothing."""
+        none, one = np.zeros(0, np.int64), np.ones((1, 1), np.int64)
+        find_distinct(none, none, np.full(1, -1, np.int64), none, none)
+        derive_row_ids(none, none, one, one, np.zeros((0, 1), np.int64))
+        copy_parts(0, none, 0, 0, 0, none, 0)
+        with self._in_flight.claim(none, none):
+            self._nvme.warm_up()
+        self._extents.warm_up()
 
     def fill(
         self,

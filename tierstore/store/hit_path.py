@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from engram_client.transport.short_way import ShortWay
-from tierstore.kernels.hits import read_all_or_nothing
+from tierstore.kernels.hits import PLACES, TOTALS, read_all_or_nothing
 from tierstore.store.gate import Gate
 from tierstore.store.table import ServedTable
 from tierstore.tiers.counters import Counters
@@ -54,3 +54,10 @@ class HitPath(ShortWay):
         places = np.array([*region.places, self._owner, self._record_bytes, totals], np.int64)
         self._aimed = (region.places, places)
         return places
+
+
+def warm_up() -> None:
+    """Call the kernel with nothing."""
+    places, totals = np.zeros(PLACES, np.int64), np.zeros(3, np.int64)
+    places[TOTALS] = totals.ctypes.data
+    read_all_or_nothing(places, np.zeros((0, 1), np.int64), np.zeros((0, 1, 1), np.uint8))

@@ -61,17 +61,17 @@ class InFlight:
         """Claim distinct records, int64 [n]; on leaving they are released and waiters wake."""
         found = np.empty(keys.size, np.int64)
         entries = (self._keys, self._owners, self._tickets)
-        with self._lock:
-            ticket = next(self._numbers)
-            reader = self._readers[ticket] = Reader(threading.Event(), hint)
-            self._room -= table.claim(*entries, keys, owners, ticket, self._room, found)
-            mine = found == ticket
-            others = tuple(self._readers[t] for t in set(found[~mine].tolist()))
-        try:
+        ticket, reader = next(self._numbers), Reader(threading.Event(), hint)
+        self._readers[ticket] = reader
+        try:  # from here on: a signal must leave no entry behind, or whoever wants it would wait
+            with self._lock:
+                self._room -= table.claim(*entries, keys, owners, ticket, self._room, found)
+                mine = found == ticket
+                others = tuple(self._readers[t] for t in set(found[~mine].tolist()))
             yield Claim(mine, others)
         finally:
             with self._lock:
-                self._room += table.release(*entries, keys[mine], owners[mine], ticket)
+                self._room += table.release(*entries, keys, owners, ticket)
                 del self._readers[ticket]
             reader.done.set()
 

@@ -30,6 +30,7 @@ from engram_client.transport.base import LookupRequest
 from tierstore.config import Config, Dram, check_config, memory_limit
 from tierstore.devices.base import PageReader
 from tierstore.devices.opening import open_reader
+from tierstore.store import hit_path
 from tierstore.store.balance import Balance, known_weights
 from tierstore.store.fill import Filler, read_scattered
 from tierstore.store.gate import Gate
@@ -95,6 +96,12 @@ class Store:
         )
         self._extents = self._open_extents()
         self._filler = Filler(nvme, self._extents, self._staging, InFlight(), self.counters)
+        try:
+            self._warm_kernels()
+        except BaseException:  # Ctrl-C, more likely than not: where they are compiled this takes long
+            self._reader.close()
+            self._extents.close()
+            raise
         self._warmth = Warmth(
             self.directory / "warm", self._dram.arenas(), self._tables.owners(), self.counters, config.dram
         )
@@ -116,8 +123,15 @@ class Store:
         """Wait until the cache that an earlier run left is in DRAM; False where that takes longer."""
         return self._warmth.wait_loaded(timeout_s)
 
+    def _warm_kernels(self) -> None:
+        """Load or compile what look-ups call, so that none does so while its caller waits."""
+        for record_bytes, arena in self._dram.arenas().items():
+            arena.warm_up(exchanging=self._extents.extent(record_bytes) is not None)
+        hit_path.warm_up()
+        self._filler.warm_up()
+
     def warm_up(self) -> None:
-        """Look up one key of every table: kernels are compiled and the disk is known to answer.
+        """Look up one key of every table: the disk is known to answer.
 
         A table whose first rows cannot be read is logged, as its other rows may be good. Leaves no
         trace in the counters.
@@ -133,7 +147,6 @@ class Store:
                 self.lookup(LookupRequest(spec.name, spec.generation, address, ids), out)
             except StorageError as error:
                 log.error("table %r is damaged: %s", spec.name, error)
-        self._extents.warm_up()
         self.counters.forget_lookups()
 
     def arenas(self) -> dict[int, Arena]:

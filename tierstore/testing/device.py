@@ -108,12 +108,15 @@ class SimulatedDevice:
         buffer: int,
         *,
         hint: bool,
+        reads: list[PageRead],
     ) -> SimulatedRead:
         def start_inner() -> PageRead:
-            return self._inner.start(fd, first_pages, page_counts, slots, buffer, hint=hint)
+            return self._inner.start(fd, first_pages, page_counts, slots, buffer, hint=hint, reads=reads)
 
         runs = list(zip(first_pages.tolist(), page_counts.tolist(), slots.tolist(), strict=True))
-        return SimulatedRead(self, runs, buffer, start_inner)
+        read = SimulatedRead(self, runs, buffer, start_inner)
+        reads.append(read)
+        return read
 
     def stream(
         self,
@@ -124,6 +127,7 @@ class SimulatedDevice:
         buffer: int,
         *,
         hint: bool,
+        reads: list[PageRead],
         limit: int,
         fates: np.ndarray,
     ) -> SimulatedStream:
@@ -131,9 +135,11 @@ class SimulatedDevice:
 
         def start(runs: slice) -> SimulatedRead:
             part = (first_pages[runs], page_counts[runs], slots[runs])
-            return self.start(fd, *part, buffer, hint=hint)
+            return self.start(fd, *part, buffer, hint=hint, reads=reads)
 
-        return SimulatedStream(self, start, limit, fates)
+        stream = SimulatedStream(self, start, limit, fates)
+        reads.append(stream)
+        return stream
 
     def close(self) -> None:
         self._inner.close()

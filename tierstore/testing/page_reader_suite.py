@@ -180,7 +180,7 @@ def start_stream(
     first_pages, places = np.array(pages, np.int64), np.array(slots, np.int64)
     ones = np.ones_like(first_pages)
     return reader.stream(
-        fd, first_pages, ones, places, buffer.ctypes.data, hint=False, limit=limit, fates=fates
+        fd, first_pages, ones, places, buffer.ctypes.data, hint=False, reads=[], limit=limit, fates=fates
     )
 
 
@@ -202,7 +202,10 @@ def start(
     hint: bool = False,
 ) -> PageRead:
     first_pages, page_counts, places = (np.array(a, np.int64) for a in (firsts, counts, slots))
-    return reader.start(fd, first_pages, page_counts, places, buffer.ctypes.data, hint=hint)
+    reads: list[PageRead] = []
+    read = reader.start(fd, first_pages, page_counts, places, buffer.ctypes.data, hint=hint, reads=reads)
+    assert reads == [read], "whoever keeps the buffer must know of what is read into it"
+    return read
 
 
 def pages_buffer(pages: int) -> np.ndarray:

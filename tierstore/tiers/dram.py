@@ -184,6 +184,13 @@ class Arena:
             self._counters.add(records_moved=counts[ADMITTED], records_evicted=counts[EVICTED])
             old.free_slots_of(first, last - first)
 
+    def warm_up(self, *, exchanging: bool) -> None:
+        """Call the kernels of look-ups with nothing; `exchanging` says how records will be admitted."""
+        none = np.zeros(0, np.int64)
+        self.read(none, 0, 1, (0, 0), 0)
+        read_again(*self._region.places, none, 0, 1, 0, 0, 0, none, 0)
+        (self.exchange if exchanging else self.admit)(none, none, 0, none, wanted_soon=False)
+
     def copy_out(self, target: int, entries_max: int) -> Iterator[int]:
         """Copy all records to address `target`, so many at a time; yields how many lie there now.
 

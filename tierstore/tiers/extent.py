@@ -95,8 +95,8 @@ class ExtentRead:
             window.run_slots,
             pages.ctypes.data,
             hint=self._hint,
+            reads=self._staging.reads,
         )
-        self._staging.reads.append(read)
         self._extent.counters.add(extent_reads=window.run_first_pages.size)
         return Landing(window, pages, read)
 
@@ -171,6 +171,7 @@ class Extent:
     def warm_up(self) -> None:
         """Call the kernels with nothing."""
         none, pages = np.zeros(0, np.int64), np.zeros((1, PAGE_BYTES // 8), np.uint64)
+        self.index.probe(none, none, 0)
         self.index.insert(none, 0, 0)
         self.index.remove(none, none, none)
         self.index.withdraw(none, 0, 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from tierstore.format.geometry import PAGE_BYTES
 from tierstore.format.rowfile import RowFile
 from tierstore.kernels.jobs import LANDED
 from tierstore.kernels.stream import (
+    DOZES_MAX,
     PAGE,
     READ_FAILED,
     RUN,
@@ -32,7 +34,7 @@ from tierstore.kernels.stream import (
     take_landed,
 )
 from tierstore.tiers.counters import Counters
-from tierstore.tiers.plan import ReadPlan, plan_reads
+from tierstore.tiers.plan import Pieces, ReadPlan, plan_pieces, plan_reads
 from tierstore.tiers.staging import Staging
 from tierstore.tiers.windows import Sweep, read_windows
 
@@ -102,6 +104,16 @@ class NvmeTier:
                 rows.close()
         self._counters.add(nvme_rows=row_ids.size, nvme_pages=plan.pages.size)
 
+    def warm_up(self) -> None:
+        """Call the kernels with nothing."""
+        none, nobody = np.zeros(0, np.int64), np.zeros((0, PAGE_BYTES // 8), np.uint64)
+        deque(plan_pieces(Pieces(none, none, None, none), 0, 1).windows(1))
+        lay_out_ring(none, 1, none, none)
+        take_landed(
+            (0, 0, 0), (none,) * 4, np.zeros(0, np.uint32), (none,) * 5, 0, nobody, 0, (np.uint64(0),) * 2,
+            np.zeros(3, np.int64), 0,
+        )  # fmt: skip
+
 
 class RowStream:
     """One request's pages on their way; its reads begin when it is made."""
@@ -118,9 +130,9 @@ class RowStream:
         runs = (plan.run_first_pages, plan.run_page_counts, slots)
         self._count(plan.run_page_counts)
         self._stream: PageStream = reader.stream(
-            reading.file.fd, *runs, ring.ctypes.data, hint=reading.hint, limit=limit, fates=self._fates
-        )
-        reading.staging.reads.append(self._stream)
+            reading.file.fd, *runs, ring.ctypes.data, hint=reading.hint, reads=reading.staging.reads,
+            limit=limit, fates=self._fates,
+        )  # fmt: skip
 
     def take_all(self) -> None:
         """Return once every row is where it is wanted."""
@@ -129,7 +141,7 @@ class RowStream:
         wanted = (reading.plan.pages, reading.plan.piece_page, pieces.page_offsets, lengths, pieces.targets)
         row_bytes, uuid = reading.table.geometry.row_bytes, reading.table.uuid_words
         while True:
-            doze_ns = int(self._stream.advance(reading.deadline) * 1e9)
+            doze_ns = int(self._stream.advance(reading.deadline) * 1e9) // DOZES_MAX
             state = take_landed(
                 self._stream.words, self._runs, self._fates, wanted, row_bytes, reading.staging.ring,
                 reading.out, uuid, self._at, doze_ns,
@@ -172,9 +184,9 @@ class RowStream:
         slots = self._runs[2][run] + pages - self._runs[0][run]
         self._count(ones)
         read = self._reader.start(
-            reading.file.fd, pages, ones, slots, reading.staging.ring.ctypes.data, hint=reading.hint
-        )
-        reading.staging.reads.append(read)
+            reading.file.fd, pages, ones, slots, reading.staging.ring.ctypes.data, hint=reading.hint,
+            reads=reading.staging.reads,
+        )  # fmt: skip
         try:
             read.wait(reading.deadline)
         except PageReadFailed as failure:

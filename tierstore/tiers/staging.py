@@ -88,6 +88,8 @@ class StagingPool:
         try:
             yield staging
         finally:
+            for read in staging.reads:
+                read.withdraw()  # most have ended; a stream left alone never would
             with self._changed:
                 (self._free if staging.at_rest() else self._set_aside).append(staging)
                 self._changed.notify()

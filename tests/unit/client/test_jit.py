@@ -8,7 +8,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -66,6 +68,13 @@ class TestDigest:
         monkeypatch.setattr(jit.numba, "__version__", "0.0.1")
         assert jit.sources_digest(sources) != before
 
+    def test_checked_indices_change_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        sources = self.sources(tmp_path)
+        monkeypatch.setattr(jit.numba.config, "BOUNDSCHECK", None)
+        before = jit.sources_digest(sources)
+        monkeypatch.setattr(jit.numba.config, "BOUNDSCHECK", 1)
+        assert jit.sources_digest(sources) != before
+
     def test_every_folder_that_may_use_numba_is_covered(self) -> None:
         covered = jit.kernel_sources()
         assert Path(jit.__file__) in covered
@@ -107,6 +116,61 @@ class TestFolder:
             warnings.simplefilter("error")
             assert jit.cache_folder() is None
             assert jit.kernel(lambda x: x + 1)(1) == 2  # compiles all the same
+
+
+class MeetsAnother(jit.KernelFiles):
+    """Files of a process that has looked at the index before anybody saved anything.
+
+    `other` is such a one too, and saves B just before this one writes its file number `at`.
+    """
+
+    def __init__(self, folder: Path, at: int = -1, other: MeetsAnother | None = None) -> None:
+        super().__init__(str(folder), "kernel", "stamp")
+        self._at, self._other = at, other
+
+    def _load_index(self) -> dict[str, str]:
+        return {}
+
+    @contextmanager
+    def _open_for_write(self, path: str) -> Iterator[IO[bytes]]:
+        self._at, other = self._at - 1, self._other
+        if self._at < 0 and other is not None:
+            self._other = None
+            other.save("B", "code of B")
+        with super()._open_for_write(path) as file:
+            yield file
+
+
+class TestKernelFiles:
+    def files(self, folder: Path) -> jit.KernelFiles:
+        return jit.KernelFiles(str(folder), "kernel", "stamp")
+
+    @pytest.mark.parametrize("at", [0, 1])
+    def test_two_processes_that_compile_at_once_never_get_each_others_code(
+        self, tmp_path: Path, at: int
+    ) -> None:
+        MeetsAnother(tmp_path, at, MeetsAnother(tmp_path)).save("A", "code of A")
+        assert self.files(tmp_path).load("A") in ("code of A", None)
+        assert self.files(tmp_path).load("B") in ("code of B", None)
+
+    @pytest.mark.parametrize("left", [0, 40])
+    @pytest.mark.parametrize("which", ["kernel.nbi", "kernel.*.nbc"])
+    def test_a_file_that_was_cut_is_made_anew(self, tmp_path: Path, which: str, left: int) -> None:
+        self.files(tmp_path).save("A", "code of A" * 10)
+        (path,) = tmp_path.glob(which)
+        path.write_bytes(path.read_bytes()[:left])
+        assert self.files(tmp_path).load("A") is None
+        self.files(tmp_path).save("A", "code of A")
+        assert self.files(tmp_path).load("A") == "code of A"
+
+    def test_a_disk_that_takes_nothing_is_said(self, tmp_path: Path) -> None:
+        with pytest.warns(UserWarning, match="kernels compile anew in each process"):
+            self.files(tmp_path / "gone").save("A", "code of A")
+
+    def test_each_specialisation_comes_back(self, tmp_path: Path) -> None:
+        for key in "AB":
+            self.files(tmp_path).save(key, f"code of {key}")
+        assert [self.files(tmp_path).load(key) for key in "ABC"] == ["code of A", "code of B", None]
 
 
 class TestFreshProcess:

@@ -7,6 +7,7 @@ import pytest
 
 from engram_client.deadline import Deadline
 from engram_client.errors import DeadlineExceeded
+from tierstore.kernels import in_flight as table
 from tierstore.store.in_flight import HINT_PATIENCE_S, InFlight, Reader, wait_for
 
 
@@ -53,6 +54,22 @@ def test_failed_reader_releases_and_wakes():
     assert [r.done.is_set() for r in waiters] == [True]
     with flight.claim(*as_records([1])) as again:
         assert again.mine.all()
+
+
+def test_a_signal_while_claiming_leaves_no_entry(monkeypatch):
+    flight, real = InFlight(64), table.claim
+
+    def interrupted_claim(*arguments):
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(table, "claim", interrupted_claim)
+        with pytest.raises(KeyboardInterrupt):
+            flight.claim(*as_records([1, 2])).__enter__()
+    with flight.claim(*as_records([1, 2])) as again:
+        assert again.mine.all()
+        assert not again.others
 
 
 def test_full_table_lets_records_be_read_without_an_entry():
