@@ -6,9 +6,10 @@ are not UTF-8 text are counted and left out, and so are hidden ones.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ class Reading:
     field: str = "text"
     notify: Notify = lambda text: None
     progress: Progress = lambda count: None
-    left_out: list[Path] = field(default_factory=list)
+    left_out: list[Path] = dataclasses.field(default_factory=list)
 
 
 def read_inputs(paths: list[Path], reading: Reading) -> tuple[Ids, Offsets]:
@@ -58,8 +59,9 @@ def check_vocabulary(ids: Ids, off: Offsets, vocab_size: int) -> None:
         at = int(wrong[0])
         document = int(np.searchsorted(off, at, "right")) - 1
         raise IdOutOfRange(
-            f"document {document}, token {at - int(off[document])}: id {ids[at]} is outside the model's vocabulary "
-            f"0..{vocab_size - 1}, and so are {wrong.size} of {ids.size} ids; is the trace of another tokenizer?"
+            f"document {document}, token {at - int(off[document])}: id {ids[at]} is outside the model's "
+            f"vocabulary 0..{vocab_size - 1}, and so are {wrong.size} of {ids.size} ids; is the trace of "
+            "another tokenizer?"
         )
 
 
@@ -138,5 +140,7 @@ def _field(line: str, name: str, where: str) -> str:
         raise FormatError(f"{where}: not a line of JSON: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get(name), str):
         have = ", ".join(sorted(found)) if isinstance(found, dict) else type(found).__name__
-        raise FormatError(f"{where}: expected an object with text in {name!r}, got {have}; choose with --field")
+        raise FormatError(
+            f"{where}: expected an object with text in {name!r}, got {have}; choose with --field"
+        )
     return str(found[name])

@@ -8,7 +8,7 @@ import numpy as np
 
 from engram_client.errors import BadRequest
 from tierbench.corpus import Ids, Offsets
-from tierbench.policy.schedule import batches
+from tierbench.policy.schedule import server_batches
 
 ORDERS = ("document", "shuffled")
 PREFIX_BLOCK_TOKENS = 16  # what a prefix cache keeps and compares
@@ -64,7 +64,7 @@ def token_stream(ids: Ids, off: Offsets, mix: Mix, batch_tokens_max: int | None 
     if mix.prefix_cache:
         cached = cached_prefixes(ids, starts, lengths, prompts)
         starts, lengths, prompts = starts + cached, lengths - cached, prompts - cached
-    positions, ends = batches(
+    positions, ends = server_batches(
         starts, prompts, lengths, sessions=mix.sessions, chunk=mix.prefill_chunk, step=mix.step
     )
     if batch_tokens_max is not None:
@@ -75,13 +75,15 @@ def token_stream(ids: Ids, off: Offsets, mix: Mix, batch_tokens_max: int | None 
 def _split(ends: np.ndarray, tokens_max: int) -> np.ndarray:
     """Further ends inside batches of more than so many tokens."""
     sizes = np.diff(ends, prepend=0)
-    cuts = [np.arange(e - s + tokens_max, e, tokens_max) for e, s in zip(ends, sizes, strict=True) if s > tokens_max]
+    cuts = [
+        np.arange(e - s + tokens_max, e, tokens_max)
+        for e, s in zip(ends, sizes, strict=True)
+        if s > tokens_max
+    ]
     return np.concatenate([np.zeros(0, np.int64), *cuts])
 
 
-def cached_prefixes(
-    ids: Ids, starts: np.ndarray, lengths: np.ndarray, prompts: np.ndarray
-) -> np.ndarray:
+def cached_prefixes(ids: Ids, starts: np.ndarray, lengths: np.ndarray, prompts: np.ndarray) -> np.ndarray:
     """How many first tokens of each document an earlier one began with too, int64.
 
     As prefix caches of serving engines have it: in whole blocks, within the prompt, and never all of a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,18 @@ class Model:
 
     @property
     def first_owners(self) -> np.ndarray:
-        """int64 [layers]: the owner of order 0 of each table, as a store that serves these alone numbers them."""
+        """int64 [layers]: the owner of order 0 of each table, as a store of these alone numbers them."""
         return np.arange(1, len(self.tables) + 1) << ORDER_BITS
+
+    @cached_property
+    def head_sizes(self) -> np.ndarray:
+        """int64 [layers * orders, heads]: rows of each head, layer after layer."""
+        return np.concatenate([np.array(table.scheme.head_sizes, np.int64) for table in self.tables])
+
+    @cached_property
+    def head_offsets(self) -> np.ndarray:
+        """int64 [layers * orders, heads]: first row of each head in its table."""
+        return np.concatenate([np.array(table.scheme.head_offsets, np.int64) for table in self.tables])
 
     def geometry(self, table: ModelTable) -> Geometry:
         """Where rows lie on pages, counted from the first data page."""
@@ -106,15 +117,15 @@ def served_model(specs: Iterable[TableSpec], tokenizer: Path | None) -> Model:
     for spec in chosen:
         if spec.scheme is None or spec.addressing != "record":
             raise BadRequest(
-                f"table {spec.name!r} is addressed by row ids; n-gram keys, which a token trace becomes, need a "
-                "table that was packed by records: choose tables with --table"
+                f"table {spec.name!r} is addressed by row ids; n-gram keys, which a token trace becomes, "
+                "need a table that was packed by records: choose tables with --table"
             )
     tables = tuple(ModelTable(s.name, s.scheme, s.row_bytes, s.rows) for s in chosen if s.scheme)
     shapes = {(t.scheme.orders, t.scheme.heads, t.row_bytes) for t in tables}
     if len(shapes) > 1:
         raise BadRequest(
-            f"tables {', '.join(t.name for t in tables)} differ in orders, heads or row bytes; replay one model "
-            "at a time: choose its tables with --table"
+            f"tables {', '.join(t.name for t in tables)} differ in orders, heads or row bytes; replay one "
+            "model at a time: choose its tables with --table"
         )
     schemes = [table.scheme for table in tables]
     folded = CompressedTokenizer(_required(tokenizer)) if schemes[0].kind == "engram" else None
@@ -136,7 +147,9 @@ def _specs(path: Path) -> list[TableSpec]:
     if path.is_dir():
         if found := packed_tables(path):
             return [spec for spec, _ in found]
-        raise BadRequest(f"{path}: no store with tables; give a folder that `tierstore pack` made, or a row file")
+        raise BadRequest(
+            f"{path}: no store with tables; give a folder that `tierstore pack` made, or a row file"
+        )
     if not path.exists():
         raise StorageError(f"{path}: no such file; give a row file or a store's folder")
     return [RowFile.open(path).spec]

@@ -12,7 +12,7 @@ import numpy as np
 from tierbench.policy.compiled import simulator
 
 
-def batches(
+def server_batches(
     starts: np.ndarray, prompts: np.ndarray, lengths: np.ndarray, *, sessions: int, chunk: int, step: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the tokens in the order a server sees them, int64, and where each batch ends, int64.
@@ -22,7 +22,9 @@ def batches(
     """
     positions = np.empty(int(lengths.sum()), np.int64)
     ends = np.empty(positions.size, np.int64)
-    count = _batches(starts, prompts, lengths, min(sessions, max(1, lengths.size)), chunk, step, positions, ends)
+    count = _batches(
+        starts, prompts, lengths, min(sessions, max(1, lengths.size)), chunk, step, positions, ends
+    )
     return positions, ends[:count].copy()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from engram_client.hashing.mapping import NgramHashMapping
 from engram_client.tokenizer import CompressedTokenizer
 from tierbench.corpus import Ids, Offsets
-from tierbench.policy.schedule import batches
+from tierbench.policy.schedule import server_batches
 
 ROWS_PER_HEAD, ORDERS, LAYERS, PAD_ID, SEED = 16_000_000, 3, (1, 14), 2, 0
 BATCH_TOKENS = 512
@@ -67,7 +67,7 @@ def text_trace(
     if sessions > 1:
         lengths = np.array([len(s) for s in sequences], np.int64)
         starts = np.cumsum(lengths) - lengths
-        order, _ = batches(starts, np.zeros_like(lengths), lengths, sessions=sessions, chunk=1, step=1)
+        order, _ = server_batches(starts, np.zeros_like(lengths), lengths, sessions=sessions, chunk=1, step=1)
         keys = [k[order] for k in keys]
     both = np.stack(keys)  # [layers, tokens, orders]
     owners = np.arange(1, len(LAYERS) + 1)[:, None, None] << 8 | np.arange(ORDERS)
