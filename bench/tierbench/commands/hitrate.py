@@ -133,8 +133,14 @@ def _run(args: argparse.Namespace, client: Client | None) -> int:
     grids = [budget_grid(results)] if budgets else []
     grids += [curve_grid(results)] if args.curve else []
     grids += [live_grid(results)] if live else []
-    args.live = bool(args.live)  # a record holds no paths
-    return deliver(NAME, args, results, grids=grids)
+    return deliver(NAME, _recorded(args, budgets), results, grids=grids)
+
+
+def _recorded(args: argparse.Namespace, budgets: list[int]) -> argparse.Namespace:
+    """The arguments as a record holds them: no paths but their last parts."""
+    tables = [Path(table).name for table in args.table]
+    plain = {"live": bool(args.live), "table": tables, "dram": budgets}
+    return argparse.Namespace(**{**vars(args), **plain})
 
 
 def _model(args: argparse.Namespace, client: Client | None, tokenizer: Path | None) -> Model:

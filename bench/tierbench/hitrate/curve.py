@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from engram_client.arena.layout import WAYS
+from engram_client.errors import BadRequest
 from tierbench.hitrate.model import Model
 from tierbench.hitrate.sample import SampledTrace
 from tierbench.policy.bounds import belady
 from tierstore.kernels.dueling import SETS_MIN
 
 POINTS = 24
+SPAN_MIN = 4  # between the first budget and the last
 BEYOND = 1.25  # times the distinct records there are: from there on, only first accesses miss
 
 
@@ -21,14 +23,18 @@ def budgets_of_curve(model: Model, trace: SampledTrace) -> list[int]:
     """Bytes, each a constant factor more than the one before it.
 
     The first is the smallest whose miniature has the sets that the policy's duel takes, the last the whole of
-    the tables or of what the trace asks for.
+    the tables or of what the trace asks for. Raises BadRequest where there is nothing between the two.
     """
     slot_bytes = (1 << 30) / model.capacity_records(1 << 30)
     smallest = slot_bytes * SETS_MIN * WAYS / trace.rate
     largest = min(model.table_bytes, BEYOND * trace.distinct * slot_bytes)
-    if largest <= smallest:  # so little text: all of it fits the smallest miniature
-        smallest = largest / SETS_MIN
-    return [max(1, round(b)) for b in np.geomspace(smallest, largest, POINTS)]
+    if largest < SPAN_MIN * smallest:
+        raise BadRequest(
+            f"--curve: a sample of {trace.rate:.4g} of the records tells of budgets from {smallest:,.0f} "
+            f"bytes on; this text, or its table, needs no more than {largest:,.0f}: take a larger --sample, "
+            f"{trace.rate * SPAN_MIN * smallest / largest:.2g} at least, or more text"
+        )
+    return [round(b) for b in np.geomspace(smallest, largest, POINTS)]
 
 
 def miss_ratio_curve(model: Model, trace: SampledTrace, progress: Callable[[int], None]) -> dict[str, Any]:

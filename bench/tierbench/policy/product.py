@@ -28,7 +28,8 @@ from engram_client.arena.layout import (
 from engram_client.arena.read import count_read, find_way, mix, set_of, tag_of
 from tierbench.policy.compiled import simulator
 from tierbench.policy.traces import RecordTrace
-from tierstore.kernels.admit import ADMITTED, COUNTS, admit_record
+from tierstore.kernels.admit import COUNTS, admit_record
+from tierstore.kernels.distinct import find_distinct
 from tierstore.kernels.dueling import new_duel, note_eviction
 
 HINT, DEMAND = 0, 1  # bytes read by each
@@ -110,10 +111,31 @@ def _ask_for_slot(index, slots, ghosts, sets, slot_bytes, h):
 
 
 @simulator
+def _distinct_misses(keys, owners, misses, places, first, inverse, missing_keys, missing_owners):
+    """The first entry of each record among entries `misses`; writes them to `first`, returns how many."""
+    for m in range(misses.size):
+        missing_keys[m], missing_owners[m] = keys[misses[m]], owners[misses[m]]
+    size = 16
+    while size < 2 * misses.size:
+        size *= 2
+    places[:size] = -1
+    n = misses.size
+    count = find_distinct(missing_keys[:n], missing_owners[:n], places[:size], first, inverse)
+    for d in range(count):
+        first[d] = misses[first[d]]
+    return count
+
+
+@simulator
 def _replay(index, slots, ghosts, sets, slot_bytes, duel, keys, owners, ends, part_bytes, outcome):
     counts = np.zeros(COUNTS, np.int64)
     state = SMALL | WANTED if part_bytes == HINT else SMALL
     hashes = np.empty(AHEAD, np.uint64)
+    longest = start = 0
+    for end in ends:
+        longest, start = max(longest, end - start), end
+    misses, scratch = np.empty(longest, np.int64), np.empty((4, longest), np.int64)
+    places = np.empty(4 * longest + 16, np.int64)
     for i in range(min(AHEAD, keys.size)):
         _ask_for_set(index, sets, keys, owners, hashes, i)
     start = 0
@@ -129,20 +151,23 @@ def _replay(index, slots, ghosts, sets, slot_bytes, duel, keys, owners, ends, pa
                 outcome[i] = FOUND
             else:
                 outcome[i] = REPEATED
+                misses[missing] = i
                 missing += 1
             if i + AHEAD < keys.size:
                 _ask_for_set(index, sets, keys, owners, hashes, i + AHEAD)
             if i + SOON < keys.size:
                 _ask_for_slot(index, slots, ghosts, sets, slot_bytes, hashes[i + SOON & AHEAD - 1])
-        for i in range(start, end if missing else start):
-            if outcome[i] == FOUND:
-                continue
-            before = counts[ADMITTED]
-            which = admit_record(
-                index, slots, ghosts, sets, slot_bytes, duel, 0, keys[i], owners[i], 0, state, counts, 0
+        if missing:
+            first = scratch[0]
+            read = _distinct_misses(
+                keys, owners, misses[:missing], places, first, scratch[1], scratch[2], scratch[3]
             )
-            if counts[ADMITTED] > before:
+            for d in range(read):
+                i = first[d]
                 outcome[i] = READ
-            if which >= 0:
-                note_eviction(duel, which, sets)
+                which = admit_record(
+                    index, slots, ghosts, sets, slot_bytes, duel, 0, keys[i], owners[i], 0, state, counts, 0
+                )
+                if which >= 0:
+                    note_eviction(duel, which, sets)
         start = end
