@@ -119,4 +119,4 @@ def spread(found: dict[str, float]) -> str:
 
 
 def speed(found: dict[str, float]) -> str:
-    return f"{found['rows_per_s'] / 1e6:.0f}, with pages {found['rows_with_pages_per_s'] / 1e6:.0f}"
+    return f"{found['rows_per_s'] / 1e6:.1f}, with pages {found['rows_with_pages_per_s'] / 1e6:.1f}"

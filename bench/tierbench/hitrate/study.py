@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from tierbench.hitrate.budget import BudgetRun, Disk
 from tierbench.hitrate.curve import POINTS, miss_ratio_curve
-from tierbench.hitrate.lookups import lookups_of
+from tierbench.hitrate.lookups import Lookups, lookups_of
 from tierbench.hitrate.mix import TokenStream
 from tierbench.hitrate.model import Model
 from tierbench.hitrate.sample import RowSample, Sample
@@ -53,12 +52,9 @@ class Study:
             progress(lookups.keys.size // self._model.entries_per_token)
 
     def _compile(self) -> None:
-        """Replay one token for nothing, so that compiling the simulators does not count as replaying."""
-        one = replace(self._stream, positions=self._stream.positions[:1], batch_ends=np.ones(1, np.int64))
-        disk = Disk(self._model, len(self._model.tables), 1)
-        run = BudgetRun(self._model, self._runs[0].budget_bytes, 1, disk, 0)
-        for lookups in lookups_of(self._model, one):
-            run.take(lookups)
+        """Replay no look-up at all, so that compiling the simulators does not count as replaying."""
+        none, budget = np.zeros(0, np.int64), max(run.budget_bytes for run in self._runs)
+        BudgetRun(self._model, budget, 1, self._disk, 0).take(Lookups(none, none, none, none, 0, 0))
 
     def told(self, progress: Callable[[int], None]) -> dict[str, Any]:
         """The figures. `progress` is told of each that takes time."""
