@@ -26,19 +26,19 @@ Advance = Callable[[int], None]
 @contextmanager
 def byte_progress(label: str, total_bytes: int | None = None) -> Iterator[Advance]:
     """Yields a function that is told of further bytes done; shows rate and time left."""
-    with _progress(label, total_bytes, 0.0, DownloadColumn(), SpeedColumn()) as advance:
+    with _progress(label, total_bytes, DownloadColumn(), SpeedColumn()) as advance:
         yield advance
 
 
 @contextmanager
 def count_progress(label: str, total: int) -> Iterator[Advance]:
-    """Yields a function that is told of further things done; shows a bar once it takes more than 2 s."""
-    with _progress(label, total, PATIENCE_S, TaskProgressColumn()) as advance:
+    """Yields a function that is told of further things done; shows their share and the time left."""
+    with _progress(label, total, TaskProgressColumn()) as advance:
         yield advance
 
 
 @contextmanager
-def _progress(label: str, total: int | None, patience_s: float, *shown: ProgressColumn) -> Iterator[Advance]:
+def _progress(label: str, total: int | None, *shown: ProgressColumn) -> Iterator[Advance]:
     columns = (TextColumn("{task.description}"), BarColumn(), *shown, TimeRemainingColumn())
     console = Console(stderr=True)
     bar = Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty())
@@ -48,14 +48,11 @@ def _progress(label: str, total: int | None, patience_s: float, *shown: Progress
     def advance(count: int) -> None:
         nonlocal running
         bar.advance(task, count)
-        if not running and time.monotonic() - started >= patience_s:
+        if not running and time.monotonic() - started >= PATIENCE_S:
             bar.start()
             running = True
 
     try:
-        if not patience_s:
-            bar.start()
-            running = True
         yield advance
     finally:
         bar.stop()

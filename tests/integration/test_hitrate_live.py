@@ -11,10 +11,13 @@ import pytest
 from tierbench import cli
 from tierbench.checkpoint import make_checkpoint
 from tierbench.corpus import save_trace
+from tierbench.hitrate.live import chosen_specs
 from tokenizers import Tokenizer, models
 
 from engram_client import connect
+from engram_client.errors import BadRequest
 from tests.support.daemon import Daemon, running, serve_command
+from tests.support.stores import V41, PackedStore
 from tierstore.packing import PackOptions, pack
 
 WORDS = 800
@@ -86,6 +89,14 @@ def test_a_daemon_that_has_served_is_told_of_and_shown(
     shown = capsys.readouterr()
     assert "cache was not empty" in shown.err
     assert "the daemon beside the simulation" in shown.out
+
+
+def test_a_budget_that_is_shared_by_sizes_is_refused(packed: PackedStore, tmp_path: Path) -> None:
+    with (
+        connect(f"local:{packed.copy_to(tmp_path)}") as client,
+        pytest.raises(BadRequest, match="is shared by"),
+    ):
+        chosen_specs(client, [V41])
 
 
 def test_tables_of_another_model_are_refused(

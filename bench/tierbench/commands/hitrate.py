@@ -127,7 +127,9 @@ def _run(args: argparse.Namespace, client: Client | None) -> int:
     if live:
         results["live"] = live.beside(results["budgets"][0])
         if not live.began_empty:
-            print("tierbench: the daemon's cache was not empty, so the two need not agree", file=sys.stderr)
+            _notify("the daemon's cache was not empty, so the two need not agree")
+        if live.has_extent:
+            _notify("the daemon keeps a record extent, which the simulation leaves out: it reads less")
     if not args.json:
         print(summary(results))
     grids = [budget_grid(results)] if budgets else []
@@ -164,12 +166,15 @@ def _stream(
         args.seed,
     )
     with byte_progress("reading text", text_bytes(args.inputs)) as progress:
-        notify = lambda text: print(f"tierbench: {text}", file=sys.stderr)  # noqa: E731
-        ids, off = read_inputs(args.inputs, Reading(tokenizer, args.field, notify, progress))
+        ids, off = read_inputs(args.inputs, Reading(tokenizer, args.field, _notify, progress))
     check_vocabulary(ids, off, model.mapping.raw_vocab_size)
     if args.save_trace:
         save_trace(args.save_trace, ids, off)
     return token_stream(ids, off, mix, batch_tokens_max)
+
+
+def _notify(text: str) -> None:
+    print(f"tierbench: {text}", file=sys.stderr)
 
 
 def _replay_live(client: Client, model: Model, stream: TokenStream) -> Live:

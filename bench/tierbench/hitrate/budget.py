@@ -8,19 +8,18 @@ from typing import Any
 
 import numpy as np
 
+from engram_client.arena.layout import ArenaGeometry
 from engram_client.errors import BadRequest
 from tierbench.hitrate.lookups import Lookups
 from tierbench.hitrate.model import Model
 from tierbench.policy.lookups import TALLIES, TENTHS, tally
 from tierbench.policy.pages import FIELDS, count_pages, list_reads
-from tierbench.policy.product import FOUND, READ, REPEATED, Replay
+from tierbench.policy.product import FOUND, READ, REPEATED, Replay, room_for
 from tierstore.config.units import format_bytes
 from tierstore.format.geometry import PAGE_BYTES
-from tierstore.tiers.shares import share_budget
 
 PERCENTILES = (50, 90, 99, 99.9)
 NUMBERS_MAX = 2**32 - 1  # of look-ups, over all budgets
-ROOM = 4  # times as many slots as there are accesses: no set ever overflows, so more of them change nothing
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Asked:
         """Raises BadRequest where it is more than nothing but less than the cache's smallest."""
         found = self.size_bytes if self.size_bytes is not None else int((self.share or 0) * model.table_bytes)
         if found:
-            smallest = share_budget(1 << 62, {model.record_bytes: 0})[model.record_bytes]
+            smallest = ArenaGeometry(1, model.record_bytes).total_bytes
             if found < smallest:
                 raise BadRequest(
                     f"--dram {format_bytes(found)}: a cache of records of {model.record_bytes} bytes "
@@ -72,8 +71,8 @@ class BudgetRun:
         self.budget_bytes = budget_bytes
         self.capacity_records = model.capacity_records(budget_bytes)
         self._model, self._disk, self._number = model, disk, number
-        room = ROOM * tokens * model.entries_per_token
-        self._replay = Replay(min(self.capacity_records, room)) if budget_bytes else None
+        accesses = tokens * model.entries_per_token
+        self._replay = Replay(room_for(self.capacity_records, accesses)) if budget_bytes else None
         self._kinds = np.zeros((model.entries_per_token, TALLIES), np.int64)
         self._tenths = np.zeros((TENTHS, TALLIES), np.int64)
         self._missed = np.zeros(tokens, np.uint8)

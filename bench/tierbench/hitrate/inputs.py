@@ -101,8 +101,8 @@ def _documents(path: Path, reading: Reading) -> Iterator[str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Files of a folder and below, hidden ones and traces left out, always in the same order."""
-    found = (p for p in folder.rglob("*") if p.is_file() and p.suffix != TRACE_SUFFIX)
+    """Files of a folder and below but hidden ones, always in the same order."""
+    found = (p for p in folder.rglob("*") if p.is_file())
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 

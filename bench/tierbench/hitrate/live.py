@@ -28,12 +28,16 @@ COUNTERS = ("dram_hits", "dram_misses", "records_read", "nvme_bytes")
 
 @dataclass(frozen=True)
 class Live:
-    """Shares of accesses, as a daemon counted them. `began_empty`: its cache held nothing before."""
+    """Shares of accesses, as a daemon counted them. `began_empty`: its cache held nothing before.
+
+    `has_extent`: what its cache drops it may read from its record extent, and not from rows.
+    """
 
     hit_rate: float
     records_read_per_access: float
     disk_bytes_per_token: float
     began_empty: bool
+    has_extent: bool
 
     def beside(self, simulated: dict[str, Any]) -> dict[str, Any]:
         """Both, and their difference in points."""
@@ -47,7 +51,17 @@ class Live:
 
 
 def chosen_specs(client: Client, names: list[str]) -> list[TableSpec]:
-    """The tables of these names, or all that are addressed by records. Raises UnknownTable, BadRequest."""
+    """The tables of these names, or all that are addressed by records. Raises UnknownTable, BadRequest.
+
+    A daemon that serves records of several sizes moves its budget between them, so nobody can say
+    what each has.
+    """
+    sizes = {spec.record_bytes for spec in client.tables().values()}
+    if len(sizes) > 1:
+        raise BadRequest(
+            f"{client.target}: its budget is shared by records of {', '.join(map(str, sorted(sizes)))} "
+            "bytes; serve one model's tables from a store of their own to compare"
+        )
     if names:
         return [client.table(name).spec for name in names]
     found = [spec for spec in client.tables().values() if spec.addressing == "record" and spec.scheme]
@@ -82,6 +96,7 @@ def replay_live(client: Client, model: Model, stream: TokenStream, progress: Cal
         counted["records_read"] / accesses,
         counted["nvme_bytes"] / stream.tokens,
         before["records_admitted"] + before["records_restored"] == 0,
+        before["extent_bytes"] > 0,
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from tierbench.hitrate.lookups import Lookups
 from tierbench.hitrate.model import Model
-from tierbench.policy.product import FOUND, READ, Replay
+from tierbench.policy.product import FOUND, READ, Replay, room_for
 from tierbench.policy.sampling import (
     GROUPS,
     THRESHOLD_BITS,
@@ -112,8 +112,8 @@ class SampledTrace:
         return round(self.sampled_distinct / self.rate)
 
     def scaled(self, capacity: int) -> int:
-        """The capacity of a miniature cache."""
-        return max(1, round(capacity * self.rate))
+        """The capacity of a miniature cache, as far as the sample can use it."""
+        return max(1, room_for(round(capacity * self.rate), self._keys.size))
 
     def product(self, capacity: int) -> Estimate:
         """The product's own arena, in miniature."""

@@ -36,6 +36,12 @@ HINT, DEMAND = 0, 1  # bytes read by each
 FOUND, READ, REPEATED = 0, 1, 2  # what became of an entry; REPEATED: missing, and brought for another one
 AHEAD = 64  # entries; a power of two
 SOON = AHEAD // 2
+ROOM = 4  # times as many slots as there are accesses: hardly a set overflows, so more change nothing
+
+
+def room_for(capacity: int, accesses: int) -> int:
+    """Records that an arena of this capacity need hold under so many accesses: memory is not for show."""
+    return min(capacity, ROOM * accesses)
 
 
 class Replay:

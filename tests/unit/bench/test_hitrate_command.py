@@ -60,6 +60,7 @@ def test_every_kind_of_input_is_read(tmp_path: Path, base: list[object], capsys:
     (folder / ".git").mkdir()
     (folder / "b.txt").write_text("word3 word4")
     (folder / "deeper" / "a.md").write_text("word5")
+    save_trace(folder / "trace.npz", np.array([7], np.uint32), np.array([0, 1]))
     (folder / "picture.png").write_bytes(b"\x89PNG\x00\xff")
     (folder / ".git" / "hidden").write_text("word9")
     lines = tmp_path / "lines.jsonl"
@@ -249,10 +250,12 @@ class TestWrongInput:
 def test_no_budget_and_more_than_the_tables_are_answered(
     trace: Path, base: list[object], capsys: Capture
 ) -> None:
-    none, all_of_it = figures(capsys, trace, *base, "--dram", "0,200%")["budgets"]
+    budgets = figures(capsys, trace, *base, "--dram", "0,200%,99999999999TiB")["budgets"]
+    none, all_of_it, beyond_reason = budgets
     assert (none["hit_rate"], none["capacity_records"], none["beside"]["lru"]["hit_rate"]) == (0, 0, 0)
     assert all_of_it["share_of_tables"] == pytest.approx(2)
     assert all_of_it["hit_rate"] == pytest.approx(all_of_it["beside"]["clairvoyant"]["hit_rate"])
+    assert beyond_reason["hit_rate"] == all_of_it["hit_rate"]
     assert hitrate(trace, *base, "--dram", "200%") == 0
     assert "200.00 %, all of them" in capsys.readouterr().out
 
