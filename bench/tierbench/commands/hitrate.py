@@ -25,7 +25,7 @@ from tierbench.hitrate.budget import Asked
 from tierbench.hitrate.inputs import Reading, check_vocabulary, read_inputs, text_bytes
 from tierbench.hitrate.live import Live, chosen_specs, replay_live, tokens_max
 from tierbench.hitrate.mix import ORDERS, Mix, TokenStream, token_stream
-from tierbench.hitrate.model import Model, chosen_tokenizer, packed_model, published_model, served_model
+from tierbench.hitrate.model import Model, fold_tokenizer, packed_model, published_model, served_model
 from tierbench.hitrate.shown import budget_grid, curve_grid, live_grid, summary
 from tierbench.hitrate.study import Study
 from tierbench.models import MODELS
@@ -112,8 +112,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace, client: Client | None) -> int:
-    tokenizer = chosen_tokenizer(args.tokenizer, args.model)
+    tokenizer = fold_tokenizer(args.tokenizer)
     model = _model(args, client, tokenizer)
+    tokenizer = tokenizer if model.folds_vocabulary else args.tokenizer
     stream = _stream(args, model, tokenizer, tokens_max(model) if client else None)
     budgets = [asked.bytes_of(model) for asked in args.dram]
     if client:

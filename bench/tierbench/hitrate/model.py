@@ -45,6 +45,11 @@ class Model:
         return self.tables[0].scheme.orders
 
     @property
+    def folds_vocabulary(self) -> bool:
+        """Whether the installed tokenizer may be the model's: others hash ids of a vocabulary of their own."""
+        return self.tables[0].scheme.kind == "engram"
+
+    @property
     def heads(self) -> int:
         """Rows in a record."""
         return self.tables[0].scheme.heads
@@ -132,9 +137,9 @@ def served_model(specs: Iterable[TableSpec], tokenizer: Path | None) -> Model:
     return Model(chosen[0].model or "tables", tables, NgramHashMapping.from_schemes(schemes, folded))
 
 
-def chosen_tokenizer(given: Path | None, model: str | None) -> Path | None:
-    """The tokenizer that was given, else the one installed where it is the model's."""
-    return given or (None if model == "qwen-ple" else installed_tokenizer())
+def fold_tokenizer(given: Path | None) -> Path | None:
+    """The tokenizer whose vocabulary the Engram models fold: the one given, else the one installed."""
+    return given or installed_tokenizer()
 
 
 def _required(tokenizer: Path | None) -> Path:

@@ -193,15 +193,19 @@ class TestWrongInput:
         message = f"document 1, token 1: id {WORDS} is outside the model's vocabulary 0..{WORDS - 1}"
         self.refused(capsys, 2, message, tmp_path / "t.npz", *base, "--dram", "1MiB")
 
-    def test_no_tokenizer(
-        self, tmp_path: Path, trace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-    ) -> None:
+    def test_no_tokenizer(self, trace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
         monkeypatch.setattr("tierbench.hitrate.model.installed_tokenizer", lambda: None)
-        (tmp_path / "a.txt").write_text("word")
         for model in ("deepseek-v4.1", "engram-demo"):
             self.refused(capsys, 2, "no tokenizer", trace, "--model", model, "--dram", "1MiB")
+
+    def test_the_installed_tokenizer_is_not_taken_for_another_models(
+        self, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    ) -> None:
+        monkeypatch.setattr("tierbench.hitrate.model.installed_tokenizer", lambda: tokenizer)
+        (tmp_path / "a.txt").write_text("word1")
         text = [tmp_path / "a.txt", "--model", "qwen-ple", "--dram", "1MiB"]
         self.refused(capsys, 2, "text needs the model's tokenizer", *text)
+        assert hitrate(*text, "--tokenizer", tokenizer) == 0
 
     def test_a_trace_of_raw_ids_needs_no_tokenizer(self, trace: Path, capsys: Capture) -> None:
         found = figures(capsys, trace, "--model", "qwen-ple", "--dram", "1MiB")
