@@ -1,4 +1,7 @@
-"""The daemon's life: open the store, serve, drain on the first signal, leave on the second."""
+"""The daemon's life: open the store, serve, drain on the first signal, leave on the second.
+
+SIGHUP has it take up what was packed since; serving goes on meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from engram_client.errors import TierstoreError
 from tierstore.config import Config
 from tierstore.rpc.server import Server
-from tierstore.store import open_store
+from tierstore.store import Store, open_store
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +35,11 @@ async def _serve(directory: Path, config: Config, ready: Callable[[list[str]], N
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stopping)
+    news = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, news.set)
     # In a thread, what may take long: the loop stays awake for signals.
     store, release = await asyncio.to_thread(open_store, directory, config)
+    following = asyncio.create_task(_follow_news(store, news))
     try:
         await asyncio.to_thread(store.warm_up)
         server = Server(store)
@@ -42,8 +49,23 @@ async def _serve(directory: Path, config: Config, ready: Callable[[list[str]], N
         log.info("draining: running requests get %g s", config.serve.drain_timeout_s)
         await server.stop(config.serve.drain_timeout_s)
     finally:
+        following.cancel()
         await _leave(release, config.dram.snapshot_close_timeout_s + LEAVE_TIMEOUT_S)
     log.info("stopped")
+
+
+async def _follow_news(store: Store, news: asyncio.Event) -> None:
+    """Take up what was packed since, each time `news` is set."""
+    while True:
+        await news.wait()
+        news.clear()
+        try:
+            taken = await asyncio.to_thread(store.reload)
+            log.info("SIGHUP: taken up: %s", ", ".join(taken) or "nothing new")
+        except TierstoreError as error:
+            log.error("SIGHUP: the tables stay as they are: %s", error)
+        except Exception:
+            log.exception("SIGHUP: the tables stay as they are")
 
 
 async def _leave(release: Callable[[], None], timeout_s: float) -> None:

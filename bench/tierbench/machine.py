@@ -53,7 +53,32 @@ def describe_disk(path: Path) -> dict[str, Any]:
         "kind": _disk_kind(name, rotational),
         "model": next((t for b in (device, device / "..") if (t := _read(b / "device" / "model"))), None),
         "filesystem": _filesystem(numbers),
+        "read_limits": _read_limits(numbers),
     }
+
+
+def _read_limits(numbers: str) -> list[str]:
+    """What this process's cgroup lets it read from a device, as the kernel writes it; [] without limits.
+
+    A virtual disk that others slow down now and then is held steady by a limit below what it always gives.
+    """
+    whole_disk = _read(Path(f"/sys/dev/block/{numbers}").resolve().parent / "dev")  # limits are the disk's
+    found = []
+    for line in (_read(Path("/proc/self/cgroup")) or "").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":  # version 2
+            files = [Path(f"/sys/fs/cgroup{group}/io.max")]
+        elif "blkio" in controllers.split(","):
+            folder = Path(f"/sys/fs/cgroup/blkio{group}")
+            files = [folder / f"blkio.throttle.read_{unit}_device" for unit in ("iops", "bps")]
+        else:
+            continue
+        for file in files:
+            limits = [
+                text for text in (_read(file) or "").splitlines() if text.split()[0] in (numbers, whole_disk)
+            ]
+            found += [f"{file.name}: {text.split(' ', 1)[1]}" for text in limits]
+    return found
 
 
 def _disk_kind(name: str | None, rotational: str | None) -> str:

@@ -45,7 +45,7 @@ class MappedArena:
         self._kernel = kernel or shared_read.read_shared
         self.record_bytes = arena.geometry.record_bytes
         self.part = part or (0, self.record_bytes)
-        self.guest = Guest(socket.socket(), MailboxGeometry.of(1 << 12, 1 << 16))
+        self.guest = Guest(socket.socket(), os.getuid(), MailboxGeometry.of(1 << 12, 1 << 16))
         self.control = np.ones(1, np.int64)
         self._words = np.zeros(shared_read.VIEW_WORDS, np.int64)
         for at, value in (

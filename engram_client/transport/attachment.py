@@ -95,6 +95,7 @@ class Attachment:
         self.fixed = fixed
         self.mailbox = fixed.mailbox
         self._serving = layout.serving
+        self.request_ids_max = layout.request_ids_max
         known = before._regions if before else {}
         self._regions: dict[int, MappedRegion] = {}
         for note in _regions_of(layout):
@@ -157,8 +158,9 @@ class View:
         by, range_of_heads = BY_KEY if by_key else BY_ROW, start << 32 | stop if heads else 0
         self.request = (table.number, by, range_of_heads)
         self.whole_request = (table.number, by | WHOLE, range_of_heads)
-        self.entries_max = self.mailbox.entries_max(self.part_bytes)
-        self.staged_max = self.mailbox.entries_max(self.part_bytes, STAGED_SHARE)
+        ids_max = attachment.request_ids_max
+        self.entries_max = min(ids_max, self.mailbox.entries_max(self.part_bytes))
+        self.staged_max = min(ids_max, self.mailbox.entries_max(self.part_bytes, STAGED_SHARE))
         self._alive = (attachment.fixed, regions)  # what the words point to
         words = self.words = np.zeros(kernels.VIEW_WORDS, np.int64)
         words[kernels.CONTROL], words[kernels.SERVING] = attachment.fixed.control.address, serving

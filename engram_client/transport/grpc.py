@@ -2,7 +2,8 @@
 
 gRPC reconnects by itself, with backoff, when a daemon comes back. A call that finds nobody there
 is repeated for `RECONNECT_S` (look-ups change nothing, so repeating is safe) and then raises
-Unavailable. A channel does not survive a fork, so a child process makes its own.
+Unavailable. A channel does not survive a fork, so a child process makes its own. What the daemon takes in
+one request it says with its tables; where it refuses by other limits, it was started anew and is asked again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from engram_client.deadline import Deadline
 from engram_client.errors import (
     BY_CODE,
+    BatchTooLarge,
     Cancelled,
     DeadlineExceeded,
     Overloaded,
@@ -29,16 +31,21 @@ from engram_client.errors import (
 )
 from engram_client.spec import TableSpec
 from engram_client.transport.base import LookupRequest, PendingRows
+from engram_client.transport.splitting import (
+    Limits,
+    entries_per_call,
+    entries_per_hint,
+    limits_told,
+    split,
+)
 from engram_client.wire import memory_pb2 as pb
 from engram_client.wire.convert import request_to_message, spec_from_message
 from engram_client.wire.framing import decode_rows
 
 SERVICE = "/tierstore.v1.MemoryService/"
 ERROR_KEY = "tierstore-error"
-CALL_BYTES_MAX = 3 << 19  # rows in one reply; more go in equal parts, which are then near 1 MiB
 CALLS_AHEAD = 4  # calls of one look-up on the way at once
 PREFETCHES_AHEAD = 8  # calls of prefetches on the way at once; the daemon bounds what it has in work
-HINT_IDS_MAX = 1 << 17  # ids in one hint: near 1 MiB of request
 RECONNECT_S = 2.0
 BACKOFF_S = (0.01, 0.25)  # first and longest pause before trying again
 CONTROL_TIMEOUT_S = 10.0
@@ -87,6 +94,7 @@ class GrpcTransport:
     def __init__(self, target: str) -> None:
         self._target = target
         self._closed = False
+        self._limits = Limits()
         self._ahead = threading.BoundedSemaphore(PREFETCHES_AHEAD)
         self._made = _Calls(target)
 
@@ -101,6 +109,7 @@ class GrpcTransport:
 
     def list_tables(self) -> dict[str, TableSpec]:
         reply = self._control(lambda calls: calls.list_tables, pb.ListTablesRequest())
+        self._limits = limits_told(reply.limits)
         return {t.name: spec_from_message(t) for t in reply.tables}
 
     def describe_table(self, name: str) -> TableSpec:
@@ -123,7 +132,9 @@ class GrpcTransport:
     ) -> PendingRows | None:
         """One call that gRPC's own threads see to; None for more than one, or while many are on the way."""
         entries = request.ids.shape[0]
-        if _calls_for(entries, entries * entry_bytes) > 1 or not self._ahead.acquire(blocking=False):
+        if entries_per_call(request, entry_bytes, self._limits) < entries:
+            return None
+        if not self._ahead.acquire(blocking=False):
             return None
         message, deadline = request_to_message(request), Deadline.after(timeout_s)
         try:
@@ -132,12 +143,21 @@ class GrpcTransport:
             self._ahead.release()
             raise
         call.add_done_callback(lambda _call: self._ahead.release())
-        return PendingCall(call, lambda: self._result(message, entries, entry_bytes, call, deadline))
+
+        def take() -> np.ndarray:
+            try:
+                return self._result(message, entries, entry_bytes, call, deadline)
+            except BatchTooLarge:
+                return self.fetch(request, entry_bytes, deadline.remaining_s())
+
+        return PendingCall(call, take)
 
     def prefetch(self, request: LookupRequest) -> bool:
-        per_entry = max(1, request.ids.size // max(1, request.ids.shape[0]))
+        return self._by_the_limits(lambda: self._hint(request))
+
+    def _hint(self, request: LookupRequest) -> bool:
         accepted = True
-        for part in _split(request, max(1, HINT_IDS_MAX // per_entry)):
+        for part in split(request, entries_per_hint(request, self._limits)):
             message = request_to_message(part)
             accepted &= self._control(lambda calls: calls.prefetch, message).accepted
         return accepted
@@ -147,19 +167,39 @@ class GrpcTransport:
         if not entries:
             return
         flat, deadline = out.reshape(entries, -1), Deadline.after(timeout_s)
-        if (calls := _calls_for(entries, flat.nbytes)) == 1:
-            flat[:] = self._lookup_in_one(request, flat.shape[1], deadline)
+        self._by_the_limits(lambda: self._fill(request, flat, deadline))
+
+    def _fill(self, request: LookupRequest, flat: np.ndarray, deadline: Deadline) -> None:
+        entries, entry_bytes = flat.shape
+        if (per_call := entries_per_call(request, entry_bytes, self._limits)) == entries:
+            flat[:] = self._lookup_in_one(request, entry_bytes, deadline)
         else:
-            self._lookup_in_several(request, flat, -(-entries // calls), deadline)
+            self._lookup_in_several(request, flat, per_call, deadline)
 
     def fetch(self, request: LookupRequest, entry_bytes: int, timeout_s: float | None) -> np.ndarray:
         """One reply is handed over as it came; several are put together."""
+        deadline = Deadline.after(timeout_s)
+        return self._by_the_limits(lambda: self._fetch(request, entry_bytes, deadline))
+
+    def _fetch(self, request: LookupRequest, entry_bytes: int, deadline: Deadline) -> np.ndarray:
         entries = request.ids.shape[0]
-        if entries and _calls_for(entries, entries * entry_bytes) == 1:
-            return self._lookup_in_one(request, entry_bytes, Deadline.after(timeout_s))
+        if entries and entries_per_call(request, entry_bytes, self._limits) == entries:
+            return self._lookup_in_one(request, entry_bytes, deadline)
         out = np.empty((entries, entry_bytes), np.uint8)
-        self.lookup(request, out, timeout_s)
+        if entries:
+            self._fill(request, out, deadline)
         return out
+
+    def _by_the_limits(self, look_up: Callable[[], _Reply]) -> _Reply:
+        """Once more where the daemon refuses by other limits than it told: it was started anew."""
+        known = self._limits
+        try:
+            return look_up()
+        except BatchTooLarge:
+            self.list_tables()
+            if self._limits == known:
+                raise
+            return look_up()
 
     def _lookup_in_one(self, request: LookupRequest, entry_bytes: int, deadline: Deadline) -> np.ndarray:
         """The caller's thread does the waiting: a future would be two wake-ups slower."""
@@ -179,8 +219,8 @@ class GrpcTransport:
             rows[:] = self._result(message, entries, entry_bytes, call, deadline)
 
         try:
-            for start, part in enumerate(_split(request, per_call)):
-                if len(waiting) == CALLS_AHEAD:
+            for start, part in enumerate(split(request, per_call)):
+                if len(waiting) >= min(CALLS_AHEAD, self._limits.requests_max):
                     finish(*waiting.popleft())
                 message, rows = request_to_message(part), flat[start * per_call :][: part.ids.shape[0]]
                 waiting.append((message, rows, self._start(message, deadline)))
@@ -283,25 +323,6 @@ class PendingCall:
 
     def cancel(self) -> bool:
         return bool(self._call.cancel())
-
-
-def _calls_for(entries: int, rows_bytes: int) -> int:
-    """How many calls a look-up is split into."""
-    return min(entries, max(1, -(-rows_bytes // CALL_BYTES_MAX)))
-
-
-def _split(request: LookupRequest, entries_max: int) -> list[LookupRequest]:
-    parts = range(0, request.ids.shape[0], entries_max)
-    return [
-        LookupRequest(
-            request.table,
-            request.generation,
-            request.address,
-            request.ids[i : i + entries_max],
-            request.heads,
-        )
-        for i in parts
-    ]
 
 
 def _to_error(target: str, error: grpc.RpcError) -> TierstoreError:

@@ -23,7 +23,7 @@ from typing import Any
 from engram_client.errors import TierstoreError
 
 SUFFIX = ".shm"  # of the socket's path, behind that of gRPC's
-VERSION = 1
+VERSION = 2
 HELLO = struct.Struct("<8sII")
 MAGIC = b"tierstor"
 MESSAGE_BYTES_MAX = 160 << 10  # what a socket takes at once without being told to
@@ -77,6 +77,7 @@ class Layout:
     serving: int  # the control word holds this as long as look-ups are served
     touches: int
     data_bytes: int
+    request_ids_max: int
 
 
 def hello() -> bytes:

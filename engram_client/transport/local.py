@@ -38,7 +38,7 @@ class LocalTransport:
         return dict(self._store.tables())
 
     def describe_table(self, name: str) -> TableSpec:
-        spec: TableSpec = self._store.table(name).spec
+        spec: TableSpec = self._store.describe(name)
         return spec
 
     def lookup(self, request: LookupRequest, out: np.ndarray, timeout_s: float | None) -> None:

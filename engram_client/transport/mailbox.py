@@ -1,7 +1,14 @@
-"""A client's end of its mailbox: slots and memory for requests, and the requests on their way."""
+"""A client's end of its mailbox: slots and memory for requests, and the requests on their way.
+
+Rows of a large prefetch may stay where the daemon has put them, for as long as an array over them lives. So
+that such arrays never take what later requests need, this goes only while one more request of the largest
+size finds room in one piece, and a share of the slots is free; else rows are copied out and their memory
+is given back. What is kept is never copied later: an array does not move.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections import deque
@@ -30,6 +37,7 @@ from engram_client.deadline import Deadline
 from engram_client.errors import BY_CODE, TierstoreError
 from engram_client.transport.handoff import NoSharedMemory
 
+log = logging.getLogger(__name__)
 GRANULE_BYTES = 4096  # of request memory
 SHARE = 4  # a request takes at most so great a part of the memory, so that several fit
 SLICE_S = 0.1  # of a wait, so that signals are noticed
@@ -58,7 +66,9 @@ class Mailbox:
         self._free_slots = list(range(SLOTS))
         self._numbers = [0] * SLOTS
         self._taken = bytearray(geometry.data_bytes // GRANULE_BYTES)
+        self._largest = bytes(len(self._taken) // SHARE)  # as free memory looks
         self._returned: deque[Request] = deque()  # appended to without the lock
+        self.copied_out = self.busy = 0  # results not kept in it, look-ups that found no room in it
         self._pid = os.getpid()
 
     def entries_max(self, part_bytes: int, share: int = SHARE) -> int:
@@ -106,6 +116,27 @@ class Mailbox:
             first = request.at // GRANULE_BYTES
             self._taken[first : first + request.granules] = bytes(request.granules)
             self._free_slots.append(request.slot)
+
+    def may_keep(self) -> bool:
+        """Whether rows may stay here; False, which is counted, where later requests need their memory."""
+        with self._lock:
+            self._reap()
+            enough = len(self._free_slots) >= SLOTS // SHARE and self._taken.find(self._largest) >= 0
+            self.copied_out += not enough
+            return enough
+
+    def note_busy(self) -> None:
+        """A look-up goes by gRPC for want of room; said once."""
+        with self._lock:
+            self.busy += 1
+            first = self.busy == 1
+        if first:
+            log.warning(
+                "no room in the mailbox for a look-up (%d bytes, %d requests): it goes by gRPC, 0.2 ms and "
+                "more; wait for prefetches that are open, or raise shm.response_bytes; further ones are "
+                "counted (client_mailbox_busy)",
+                self._geometry.data_bytes, SLOTS,
+            )  # fmt: skip
 
     def give_back(self, request: Request) -> None:
         """Its memory is free once the daemon is done with it. May be called from anywhere at any time."""
@@ -236,6 +267,10 @@ class Request:
         """Idempotent; may be called from anywhere at any time."""
         if self._let_go():
             self._mailbox.give_back(self)
+
+    def may_stay(self) -> bool:
+        """Whether its rows may be kept where they are; see `Mailbox.may_keep`."""
+        return self._mailbox.may_keep()
 
     def keep(self) -> KeptRows | None:
         """The rows for as long as what this returns, or an array of it, is kept; None once given back."""

@@ -20,7 +20,7 @@ from engram_client.transport.base import HitPath, LookupRequest, PendingRows
 from engram_client.transport.grpc import GrpcTransport
 from engram_client.transport.handoff import NoSharedMemory
 from engram_client.transport.link import FIRST_ATTEMPT_S, Link
-from engram_client.transport.mailbox import Request
+from engram_client.transport.mailbox import MailboxBusy, Request
 from engram_client.transport.short_way import ShortWay
 from engram_client.transport.staged import start_reading
 
@@ -88,7 +88,14 @@ class SharedTransport:
         return self._remote.prefetch(request)
 
     def stats(self) -> dict[str, int]:
-        return self._remote.stats()
+        """With what this client counts itself, since it attached."""
+        attachment = self._link.attachment
+        mailbox = attachment.mailbox if attachment is not None else None
+        return {
+            **self._remote.stats(),
+            "client_results_copied": mailbox.copied_out if mailbox is not None else 0,
+            "client_mailbox_busy": mailbox.busy if mailbox is not None else 0,
+        }
 
     def set_dram_budget(self, budget_bytes: int) -> int:
         return self._remote.set_dram_budget(budget_bytes)
@@ -123,9 +130,11 @@ class SharedTransport:
         try:
             ids = request.ids.reshape(-1)
             self._ask(view, ids, misses, address_of(out), deadline)
-        except NoSharedMemory:
+        except NoSharedMemory as error:
             if self._closed:
                 raise Cancelled("the client was closed while rows were read") from None
+            if isinstance(error, MailboxBusy):
+                view.mailbox.note_busy()
             return False
         view.count(ids.size, masked, ids.size - masked - misses.size)
         return True
@@ -138,8 +147,13 @@ class SharedTransport:
                 if len(waiting) == REQUESTS_AHEAD:
                     _finish(waiting, out, deadline)
                 part = misses[start : start + view.entries_max]
-                orders = (part % view.orders).astype(np.uint8)
-                request = view.mailbox.post(view.request, ids[part], orders, view.part_bytes, deadline)
+                try:
+                    request = _post(view, ids, part, deadline)
+                except MailboxBusy:
+                    if not waiting:
+                        raise
+                    _finish(waiting, out, deadline)  # one of our own gives room
+                    request = _post(view, ids, part, deadline)
                 waiting.append((part, request))
             while waiting:
                 _finish(waiting, out, deadline)
@@ -157,6 +171,12 @@ class SharedTransport:
         self._closed = True
         self._link.close()
         self._remote.close()
+
+
+def _post(view: View, ids: np.ndarray, part: np.ndarray, deadline: Deadline) -> Request:
+    """Ask for the entries `part` of `ids`. Raises MailboxBusy."""
+    orders = (part % view.orders).astype(np.uint8)
+    return view.mailbox.post(view.request, ids[part], orders, view.part_bytes, deadline)
 
 
 def _finish(waiting: deque[tuple[np.ndarray, Request]], out: int, deadline: Deadline) -> None:

@@ -3,7 +3,7 @@
 A small batch is read from the arena at once, in microseconds; what it lacks the daemon puts into the
 mailbox's memory, and waiting copies that to the rest. A large batch is left to the daemon whole, so the
 caller goes on at once; its rows stay where the daemon has put them, and their memory is free for others
-when the last array over it is gone.
+when the last array over it is gone; or they are copied out, where others need the room (mailbox.py).
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class StagedRows:
             raise Cancelled("this prefetch was cancelled")
         self._staged.check()
         if self._found is None or self._misses is None:
-            return np.asarray(kept)
+            return np.asarray(kept) if self._staged.may_stay() else np.array(kept)
         self._staged.spread(self._misses, address_of(self._found))
         return self._found
 

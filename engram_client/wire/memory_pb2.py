@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tierstore/v1/memory.proto\x12\x0ctierstore.v1\"3\n\x05\x46ield\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"\\\n\tRowLayout\x12#\n\x06\x66ields\x18\x01 \x03(\x0b\x32\x13.tierstore.v1.Field\x12\x19\n\x0cglobal_scale\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0f\n\r_global_scale\"1\n\x05Order\x12\x12\n\nhead_sizes\x18\x01 \x03(\x03\x12\x14\n\x0chead_offsets\x18\x02 \x03(\x03\"\x95\x02\n\nHashScheme\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x10\n\x08layer_id\x18\x02 \x01(\x03\x12\x13\n\x0bmultipliers\x18\x03 \x03(\x03\x12#\n\x06orders\x18\x04 \x03(\x0b\x32\x13.tierstore.v1.Order\x12\x12\n\nvocab_size\x18\x05 \x01(\x03\x12\x13\n\x06pad_id\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\x19\n\x0c\x65os_token_id\x18\x07 \x01(\x03H\x01\x88\x01\x01\x12\x1e\n\x11vocabulary_digest\x18\x08 \x01(\tH\x02\x88\x01\x01\x12\x17\n\x0fparameters_json\x18\t \x01(\tB\t\n\x07_pad_idB\x0f\n\r_eos_token_idB\x14\n\x12_vocabulary_digest\"\xfc\x01\n\tTableSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x0c\x12\x0c\n\x04uuid\x18\x03 \x01(\x0c\x12\x0c\n\x04rows\x18\x04 \x01(\x03\x12\'\n\x06layout\x18\x05 \x01(\x0b\x32\x17.tierstore.v1.RowLayout\x12\x12\n\naddressing\x18\x06 \x01(\t\x12-\n\x06scheme\x18\x07 \x01(\x0b\x32\x18.tierstore.v1.HashSchemeH\x00\x88\x01\x01\x12\x12\n\x05layer\x18\x08 \x01(\x03H\x01\x88\x01\x01\x12\x12\n\x05model\x18\t \x01(\tH\x02\x88\x01\x01\x42\t\n\x07_schemeB\x08\n\x06_layerB\x08\n\x06_model\"\x13\n\x11ListTablesRequest\"=\n\x12ListTablesResponse\x12\'\n\x06tables\x18\x01 \x03(\x0b\x32\x17.tierstore.v1.TableSpec\"%\n\x14\x44\x65scribeTableRequest\x12\r\n\x05table\x18\x01 \x01(\t\"?\n\x15\x44\x65scribeTableResponse\x12&\n\x05table\x18\x01 \x01(\x0b\x32\x17.tierstore.v1.TableSpec\"(\n\tHeadRange\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0c\n\x04stop\x18\x02 \x01(\r\"\x9d\x01\n\rLookupRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x0c\x12\x14\n\nngram_keys\x18\x03 \x01(\x0cH\x00\x12\x11\n\x07row_ids\x18\x04 \x01(\x0cH\x00\x12+\n\x05heads\x18\x05 \x01(\x0b\x32\x17.tierstore.v1.HeadRangeH\x01\x88\x01\x01\x42\t\n\x07\x61\x64\x64ressB\x08\n\x06_heads\"\x1e\n\x0eLookupResponse\x12\x0c\n\x04rows\x18\x01 \x01(\x0c\"$\n\x10PrefetchResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\"I\n\x11SetBudgetsRequest\x12\x1e\n\x11\x64ram_budget_bytes\x18\x01 \x01(\x03H\x00\x88\x01\x01\x42\x14\n\x12_dram_budget_bytes\"/\n\x12SetBudgetsResponse\x12\x19\n\x11\x64ram_budget_bytes\x18\x01 \x01(\x03\"\x0e\n\x0cStatsRequest\"}\n\rStatsResponse\x12;\n\x08\x63ounters\x18\x01 \x03(\x0b\x32).tierstore.v1.StatsResponse.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x32\xdb\x03\n\rMemoryService\x12O\n\nListTables\x12\x1f.tierstore.v1.ListTablesRequest\x1a .tierstore.v1.ListTablesResponse\x12X\n\rDescribeTable\x12\".tierstore.v1.DescribeTableRequest\x1a#.tierstore.v1.DescribeTableResponse\x12\x43\n\x06Lookup\x12\x1b.tierstore.v1.LookupRequest\x1a\x1c.tierstore.v1.LookupResponse\x12G\n\x08Prefetch\x12\x1b.tierstore.v1.LookupRequest\x1a\x1e.tierstore.v1.PrefetchResponse\x12@\n\x05Stats\x12\x1a.tierstore.v1.StatsRequest\x1a\x1b.tierstore.v1.StatsResponse\x12O\n\nSetBudgets\x12\x1f.tierstore.v1.SetBudgetsRequest\x1a .tierstore.v1.SetBudgetsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tierstore/v1/memory.proto\x12\x0ctierstore.v1\"3\n\x05\x46ield\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"\\\n\tRowLayout\x12#\n\x06\x66ields\x18\x01 \x03(\x0b\x32\x13.tierstore.v1.Field\x12\x19\n\x0cglobal_scale\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0f\n\r_global_scale\"1\n\x05Order\x12\x12\n\nhead_sizes\x18\x01 \x03(\x03\x12\x14\n\x0chead_offsets\x18\x02 \x03(\x03\"\x95\x02\n\nHashScheme\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x10\n\x08layer_id\x18\x02 \x01(\x03\x12\x13\n\x0bmultipliers\x18\x03 \x03(\x03\x12#\n\x06orders\x18\x04 \x03(\x0b\x32\x13.tierstore.v1.Order\x12\x12\n\nvocab_size\x18\x05 \x01(\x03\x12\x13\n\x06pad_id\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\x19\n\x0c\x65os_token_id\x18\x07 \x01(\x03H\x01\x88\x01\x01\x12\x1e\n\x11vocabulary_digest\x18\x08 \x01(\tH\x02\x88\x01\x01\x12\x17\n\x0fparameters_json\x18\t \x01(\tB\t\n\x07_pad_idB\x0f\n\r_eos_token_idB\x14\n\x12_vocabulary_digest\"\xfc\x01\n\tTableSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x0c\x12\x0c\n\x04uuid\x18\x03 \x01(\x0c\x12\x0c\n\x04rows\x18\x04 \x01(\x03\x12\'\n\x06layout\x18\x05 \x01(\x0b\x32\x17.tierstore.v1.RowLayout\x12\x12\n\naddressing\x18\x06 \x01(\t\x12-\n\x06scheme\x18\x07 \x01(\x0b\x32\x18.tierstore.v1.HashSchemeH\x00\x88\x01\x01\x12\x12\n\x05layer\x18\x08 \x01(\x03H\x01\x88\x01\x01\x12\x12\n\x05model\x18\t \x01(\tH\x02\x88\x01\x01\x42\t\n\x07_schemeB\x08\n\x06_layerB\x08\n\x06_model\"k\n\x06Limits\x12\x17\n\x0frequest_ids_max\x18\x01 \x01(\x03\x12\x17\n\x0freply_bytes_max\x18\x02 \x01(\x03\x12\x19\n\x11message_bytes_max\x18\x03 \x01(\x03\x12\x14\n\x0crequests_max\x18\x04 \x01(\x03\"\x13\n\x11ListTablesRequest\"s\n\x12ListTablesResponse\x12\'\n\x06tables\x18\x01 \x03(\x0b\x32\x17.tierstore.v1.TableSpec\x12)\n\x06limits\x18\x02 \x01(\x0b\x32\x14.tierstore.v1.LimitsH\x00\x88\x01\x01\x42\t\n\x07_limits\"%\n\x14\x44\x65scribeTableRequest\x12\r\n\x05table\x18\x01 \x01(\t\"?\n\x15\x44\x65scribeTableResponse\x12&\n\x05table\x18\x01 \x01(\x0b\x32\x17.tierstore.v1.TableSpec\"(\n\tHeadRange\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0c\n\x04stop\x18\x02 \x01(\r\"\x9d\x01\n\rLookupRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x0c\x12\x14\n\nngram_keys\x18\x03 \x01(\x0cH\x00\x12\x11\n\x07row_ids\x18\x04 \x01(\x0cH\x00\x12+\n\x05heads\x18\x05 \x01(\x0b\x32\x17.tierstore.v1.HeadRangeH\x01\x88\x01\x01\x42\t\n\x07\x61\x64\x64ressB\x08\n\x06_heads\"\x1e\n\x0eLookupResponse\x12\x0c\n\x04rows\x18\x01 \x01(\x0c\"$\n\x10PrefetchResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\"I\n\x11SetBudgetsRequest\x12\x1e\n\x11\x64ram_budget_bytes\x18\x01 \x01(\x03H\x00\x88\x01\x01\x42\x14\n\x12_dram_budget_bytes\"/\n\x12SetBudgetsResponse\x12\x19\n\x11\x64ram_budget_bytes\x18\x01 \x01(\x03\"\x0e\n\x0cStatsRequest\"}\n\rStatsResponse\x12;\n\x08\x63ounters\x18\x01 \x03(\x0b\x32).tierstore.v1.StatsResponse.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x32\xdb\x03\n\rMemoryService\x12O\n\nListTables\x12\x1f.tierstore.v1.ListTablesRequest\x1a .tierstore.v1.ListTablesResponse\x12X\n\rDescribeTable\x12\".tierstore.v1.DescribeTableRequest\x1a#.tierstore.v1.DescribeTableResponse\x12\x43\n\x06Lookup\x12\x1b.tierstore.v1.LookupRequest\x1a\x1c.tierstore.v1.LookupResponse\x12G\n\x08Prefetch\x12\x1b.tierstore.v1.LookupRequest\x1a\x1e.tierstore.v1.PrefetchResponse\x12@\n\x05Stats\x12\x1a.tierstore.v1.StatsRequest\x1a\x1b.tierstore.v1.StatsResponse\x12O\n\nSetBudgets\x12\x1f.tierstore.v1.SetBudgetsRequest\x1a .tierstore.v1.SetBudgetsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,32 +43,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HASHSCHEME']._serialized_end=519
   _globals['_TABLESPEC']._serialized_start=522
   _globals['_TABLESPEC']._serialized_end=774
-  _globals['_LISTTABLESREQUEST']._serialized_start=776
-  _globals['_LISTTABLESREQUEST']._serialized_end=795
-  _globals['_LISTTABLESRESPONSE']._serialized_start=797
-  _globals['_LISTTABLESRESPONSE']._serialized_end=858
-  _globals['_DESCRIBETABLEREQUEST']._serialized_start=860
-  _globals['_DESCRIBETABLEREQUEST']._serialized_end=897
-  _globals['_DESCRIBETABLERESPONSE']._serialized_start=899
-  _globals['_DESCRIBETABLERESPONSE']._serialized_end=962
-  _globals['_HEADRANGE']._serialized_start=964
-  _globals['_HEADRANGE']._serialized_end=1004
-  _globals['_LOOKUPREQUEST']._serialized_start=1007
-  _globals['_LOOKUPREQUEST']._serialized_end=1164
-  _globals['_LOOKUPRESPONSE']._serialized_start=1166
-  _globals['_LOOKUPRESPONSE']._serialized_end=1196
-  _globals['_PREFETCHRESPONSE']._serialized_start=1198
-  _globals['_PREFETCHRESPONSE']._serialized_end=1234
-  _globals['_SETBUDGETSREQUEST']._serialized_start=1236
-  _globals['_SETBUDGETSREQUEST']._serialized_end=1309
-  _globals['_SETBUDGETSRESPONSE']._serialized_start=1311
-  _globals['_SETBUDGETSRESPONSE']._serialized_end=1358
-  _globals['_STATSREQUEST']._serialized_start=1360
-  _globals['_STATSREQUEST']._serialized_end=1374
-  _globals['_STATSRESPONSE']._serialized_start=1376
-  _globals['_STATSRESPONSE']._serialized_end=1501
-  _globals['_STATSRESPONSE_COUNTERSENTRY']._serialized_start=1454
-  _globals['_STATSRESPONSE_COUNTERSENTRY']._serialized_end=1501
-  _globals['_MEMORYSERVICE']._serialized_start=1504
-  _globals['_MEMORYSERVICE']._serialized_end=1979
+  _globals['_LIMITS']._serialized_start=776
+  _globals['_LIMITS']._serialized_end=883
+  _globals['_LISTTABLESREQUEST']._serialized_start=885
+  _globals['_LISTTABLESREQUEST']._serialized_end=904
+  _globals['_LISTTABLESRESPONSE']._serialized_start=906
+  _globals['_LISTTABLESRESPONSE']._serialized_end=1021
+  _globals['_DESCRIBETABLEREQUEST']._serialized_start=1023
+  _globals['_DESCRIBETABLEREQUEST']._serialized_end=1060
+  _globals['_DESCRIBETABLERESPONSE']._serialized_start=1062
+  _globals['_DESCRIBETABLERESPONSE']._serialized_end=1125
+  _globals['_HEADRANGE']._serialized_start=1127
+  _globals['_HEADRANGE']._serialized_end=1167
+  _globals['_LOOKUPREQUEST']._serialized_start=1170
+  _globals['_LOOKUPREQUEST']._serialized_end=1327
+  _globals['_LOOKUPRESPONSE']._serialized_start=1329
+  _globals['_LOOKUPRESPONSE']._serialized_end=1359
+  _globals['_PREFETCHRESPONSE']._serialized_start=1361
+  _globals['_PREFETCHRESPONSE']._serialized_end=1397
+  _globals['_SETBUDGETSREQUEST']._serialized_start=1399
+  _globals['_SETBUDGETSREQUEST']._serialized_end=1472
+  _globals['_SETBUDGETSRESPONSE']._serialized_start=1474
+  _globals['_SETBUDGETSRESPONSE']._serialized_end=1521
+  _globals['_STATSREQUEST']._serialized_start=1523
+  _globals['_STATSREQUEST']._serialized_end=1537
+  _globals['_STATSRESPONSE']._serialized_start=1539
+  _globals['_STATSRESPONSE']._serialized_end=1664
+  _globals['_STATSRESPONSE_COUNTERSENTRY']._serialized_start=1617
+  _globals['_STATSRESPONSE_COUNTERSENTRY']._serialized_end=1664
+  _globals['_MEMORYSERVICE']._serialized_start=1667
+  _globals['_MEMORYSERVICE']._serialized_end=2142
 # @@protoc_insertion_point(module_scope)

@@ -75,15 +75,29 @@ class TableSpec(_message.Message):
     model: str
     def __init__(self, name: _Optional[str] = ..., generation: _Optional[bytes] = ..., uuid: _Optional[bytes] = ..., rows: _Optional[int] = ..., layout: _Optional[_Union[RowLayout, _Mapping]] = ..., addressing: _Optional[str] = ..., scheme: _Optional[_Union[HashScheme, _Mapping]] = ..., layer: _Optional[int] = ..., model: _Optional[str] = ...) -> None: ...
 
+class Limits(_message.Message):
+    __slots__ = ("request_ids_max", "reply_bytes_max", "message_bytes_max", "requests_max")
+    REQUEST_IDS_MAX_FIELD_NUMBER: _ClassVar[int]
+    REPLY_BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_MAX_FIELD_NUMBER: _ClassVar[int]
+    request_ids_max: int
+    reply_bytes_max: int
+    message_bytes_max: int
+    requests_max: int
+    def __init__(self, request_ids_max: _Optional[int] = ..., reply_bytes_max: _Optional[int] = ..., message_bytes_max: _Optional[int] = ..., requests_max: _Optional[int] = ...) -> None: ...
+
 class ListTablesRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class ListTablesResponse(_message.Message):
-    __slots__ = ("tables",)
+    __slots__ = ("tables", "limits")
     TABLES_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
     tables: _containers.RepeatedCompositeFieldContainer[TableSpec]
-    def __init__(self, tables: _Optional[_Iterable[_Union[TableSpec, _Mapping]]] = ...) -> None: ...
+    limits: Limits
+    def __init__(self, tables: _Optional[_Iterable[_Union[TableSpec, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
 
 class DescribeTableRequest(_message.Message):
     __slots__ = ("table",)

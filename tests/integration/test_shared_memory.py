@@ -174,18 +174,25 @@ def test_a_client_with_much_to_read_leaves_threads_to_others(packed: PackedStore
             assert reading.result(30).any()
 
 
-def test_resizing_while_reading(packed: PackedStore, tmp_path: Path) -> None:
-    """Clients follow every change of the arenas; memory of old ones is let go of."""
+def test_resizing_while_reading(
+    packed: PackedStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Clients follow every change of the arenas, never without shared memory; old memory is let go of."""
     oracle = packed.oracles[V41]
     command = serve_command(packed.copy_to(tmp_path), serve_unix=tmp_path / "s", **SMALL)
     with running(command, tmp_path) as daemon, connect(daemon.unix) as client:
         table, keys = client.table(V41), random_keys(oracle, 200, seed=70)
         expected = oracle.lookup_ngrams(keys)
+        assert attached(client)
+        before = client.stats()
         with ThreadPoolExecutor(1) as threads:
             for size in (64, 4, 24, 8, 48) * 2:
                 resizing = threads.submit(client.set_dram_budget, size << 20)
                 while not resizing.done():
                     assert np.array_equal(table.lookup_ngrams(keys), expected)
+                    assert attached(client)
+        assert grown(client, before, "shm_clients") == {"shm_clients": 0}
+        assert "shared memory" not in caplog.text
         number = client._transport._link.attachment._tables[V41, table.spec.generation].number  # type: ignore[attr-defined]
         assert number > 0
         assert eventually(lambda: mapped_arenas() == len(client._transport._link.attachment._regions))  # type: ignore[attr-defined]

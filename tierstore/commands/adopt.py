@@ -12,7 +12,8 @@ from tierstore.packing.adopt import adopt
 DESCRIPTION = """\
 Takes row files into the catalog of a store directory: all that lie below DIR/tables and are not in it, or
 those that are named, which then replace the generation that is current. For a catalog that was lost,
-and for tables that were copied from another machine. A daemon serves them from its next start on.
+and for tables that were copied from another machine. A daemon that serves DIR takes up a table of a new name
+when a client asks for it, and everything on SIGHUP.
 """
 
 

@@ -15,7 +15,8 @@ from tierstore.packing import PackedTable, PackOptions, PackReport, pack
 
 EPILOG = """\
 A pack that was interrupted, killed or ran out of disk leaves no table; the same command goes on
-where it stopped. A table appears in DIR at once, when all of it is safe on disk.
+where it stopped. A table appears in DIR at once, when all of it is safe on disk. A daemon that serves DIR
+takes up a table of a new name when a client asks for it, and new generations on SIGHUP.
 """
 
 

@@ -17,7 +17,8 @@ SHORTCUTS = {
 }
 EPILOG = """\
 SIGTERM or SIGINT: stop taking requests, let running ones finish (serve.drain_timeout_s), exit 0.
-A second signal: exit at once. Once it serves, one line on stdout names the addresses.
+A second signal: exit at once. SIGHUP: serve what was packed since, also new generations of tables.
+Once it serves, one line on stdout names the addresses.
 """
 
 

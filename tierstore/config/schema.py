@@ -141,6 +141,10 @@ class Shm(Section, frozen=True):
     clients_max: Annotated[
         int, Meta(ge=1, le=1024, description="clients attached at once; more go by gRPC")
     ] = 32
+    user_clients_percent: Annotated[
+        int,
+        Meta(ge=1, le=100, description="of clients_max for one user, if not the daemon's; more go by gRPC"),
+    ] = 50
     response_bytes: Annotated[
         ByteSize, Meta(ge=64 * KIB, description="memory of each client for what it asks for and its rows")
     ] = 8 * MIB

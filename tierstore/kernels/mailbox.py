@@ -50,8 +50,9 @@ def take_up(mailboxes, in_work, first, each_max, taken):
     """Take one request up, looking at the clients in turn from `first` on.
 
     Addresses, int64 [n]: `mailboxes`, and `in_work` of a word for each client whose bits are its slots
-    in work; the caller excludes others. Nobody gets more than `each_max` at once. Writes client and
-    slot to `taken` int64 [2]. Returns how many requests there were to choose from.
+    in work; the caller excludes others. A client may be there several times. Nobody gets more than
+    `each_max` at once. Writes client and slot to `taken` int64 [2]. Returns 0 without a request, 1 where it
+    was the only one, more where there may be others.
     """
     found = 0
     for k in range(mailboxes.size):
@@ -67,6 +68,8 @@ def take_up(mailboxes, in_work, first, each_max, taken):
                 slot += 1
             taken[0], taken[1] = client, slot
         found += min(room, count_bits(waiting))
+        if found > 1:
+            break
     if found:
         bit = 1 << taken[1]
         fetch_or(in_work[taken[0]], bit)

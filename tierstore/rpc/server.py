@@ -16,14 +16,13 @@ from grpc_reflection.v1alpha import reflection
 from engram_client.client import SOCKET_PATH_BYTES_MAX
 from engram_client.errors import ConfigError
 from tierstore.config import Config
-from tierstore.rpc.service import SERVICE_NAME, MemoryService
+from tierstore.rpc.service import MESSAGE_BYTES_MAX, SERVICE_NAME, MemoryService
 from tierstore.shm import SharedMemory, offer_shared_memory
 from tierstore.store import Store
 
 log = logging.getLogger(__name__)
 
 DELIVERY_S = 1.0
-MESSAGE_BYTES_MAX = 16 << 20  # of a request: 2^20 ids and their envelope fit
 OPTIONS_FIXED = [
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a shared port
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),

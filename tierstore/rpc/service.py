@@ -31,6 +31,7 @@ from tierstore.store.table import Access
 
 log = logging.getLogger(__name__)
 MESSAGE_CHARACTERS_MAX = 1000  # of an error; gRPC allows 8 KiB of metadata, and percent-encodes some
+MESSAGE_BYTES_MAX = 16 << 20  # of a request: 2^20 ids and their envelope fit
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["MemoryService"].full_name
 
 
@@ -45,6 +46,7 @@ class MemoryService:
         self._requests_max = serve.concurrent_requests_max
         self._requests = 0
         self._draining = False
+        self._looking = asyncio.Lock()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -67,12 +69,24 @@ class MemoryService:
         )
 
     async def list_tables(self, _request: pb.ListTablesRequest, _context: Any) -> pb.ListTablesResponse:
-        return pb.ListTablesResponse(tables=[spec_to_message(s) for s in self._store.tables().values()])
+        limits = pb.Limits(
+            request_ids_max=self._limits.request_ids_max,
+            reply_bytes_max=self._limits.request_reply_bytes_max,
+            message_bytes_max=MESSAGE_BYTES_MAX,
+            requests_max=self._requests_max,
+        )
+        tables = [spec_to_message(spec) for spec in self._store.tables().values()]
+        return pb.ListTablesResponse(tables=tables, limits=limits)
 
     async def describe_table(
         self, request: pb.DescribeTableRequest, _context: Any
     ) -> pb.DescribeTableResponse:
-        return pb.DescribeTableResponse(table=spec_to_message(self._store.table(request.table).spec))
+        """An unknown name makes the store look into its catalog: in a thread, one at a time."""
+        store, name = self._store, request.table
+        if not store.knows(name):
+            async with self._looking:
+                await asyncio.to_thread(store.describe, name)
+        return pb.DescribeTableResponse(table=spec_to_message(store.table(name).spec))
 
     async def stats(self, _request: pb.StatsRequest, _context: Any) -> pb.StatsResponse:
         return pb.StatsResponse(counters=self._store.stats())

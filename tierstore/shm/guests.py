@@ -26,9 +26,10 @@ from tierstore.tiers.sealed import SealedMemory
 class Guest:
     """One attached client: its connection, its mailbox and what we know of it."""
 
-    def __init__(self, connection: socket.socket, geometry: MailboxGeometry) -> None:
+    def __init__(self, connection: socket.socket, user: int, geometry: MailboxGeometry) -> None:
         """Raises OSError where there is no memory for a mailbox."""
         self.connection = connection
+        self.user = user
         self.geometry = geometry
         self.memory = SealedMemory("tierstore-mailbox", geometry.total_bytes)
         self.mailbox = self.memory.mapping.address
@@ -74,24 +75,35 @@ class Guest:
 
 
 class Guests:
-    """Thread safe. Requests are taken up from one client after the other."""
+    """Thread safe. Requests are taken up from one user after the other, and of each from one client after the
+    other: who has many clients has no more turns than who has one.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._schedule: list[Guest] = []
+        self._turn = 0  # in the schedule
+        self._taken = np.zeros(2, np.int64)
         self._set([])
 
     def _set(self, guests: list[Guest]) -> None:
+        """Whose turn it is stays as it was: others may come and go as often as they like."""
+        upcoming = self._schedule[self._turn :] + self._schedule[: self._turn]
         self._guests = guests
-        self._mailboxes = np.array([guest.mailbox for guest in guests], np.int64)
-        self._in_work = np.array([guest.in_work.ctypes.data for guest in guests], np.int64)
-        self._turn = 0
-        self._taken = np.zeros(2, np.int64)
+        self._schedule = in_turns(guests)
+        self._turn = next((self._schedule.index(guest) for guest in upcoming if guest in guests), 0)
+        self._mailboxes = np.array([guest.mailbox for guest in self._schedule], np.int64)
+        self._in_work = np.array([guest.in_work.ctypes.data for guest in self._schedule], np.int64)
 
     def __iter__(self) -> Iterator[Guest]:
         return iter(self._guests)  # a list that is replaced, never changed
 
     def __len__(self) -> int:
         return len(self._guests)
+
+    def of_user(self, user: int) -> int:
+        """How many clients this user has attached."""
+        return sum(guest.user == user for guest in self._guests)
 
     def add(self, guest: Guest) -> None:
         with self._lock:
@@ -102,14 +114,23 @@ class Guests:
             self._set([other for other in self._guests if other is not guest])
 
     def take_up(self, each_max: int) -> tuple[Guest, int, bool] | None:
-        """A request to be served, its client and slot, and whether there are more; None without any."""
+        """A request to be served, its client and slot, and whether there may be more; None without any."""
         with self._lock:
             found = kernels.take_up(self._mailboxes, self._in_work, self._turn, each_max, self._taken)
             if not found:
                 return None
-            client, slot = self._taken.tolist()
-            self._turn = client + 1
-            return self._guests[client], slot, found > 1
+            place, slot = self._taken.tolist()
+            self._turn = (place + 1) % len(self._schedule)
+            return self._schedule[place], slot, found > 1
+
+
+def in_turns(guests: list[Guest]) -> list[Guest]:
+    """Users alternate, each with its next client; who has fewer clients than others comes again with them."""
+    of_users: dict[int, list[Guest]] = {}
+    for guest in guests:
+        of_users.setdefault(guest.user, []).append(guest)
+    rounds = max(map(len, of_users.values()), default=0)
+    return [clients[i % len(clients)] for i in range(rounds) for clients in of_users.values()]
 
 
 def warm_kernels() -> None:

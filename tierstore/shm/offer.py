@@ -31,7 +31,7 @@ from engram_client.transport.handoff import (
     send_layout,
 )
 from tierstore.config import Shm
-from tierstore.shm.door import Door, open_door, remove_old_door
+from tierstore.shm.door import Door, open_door, remove_old_door, user_of
 from tierstore.shm.guests import Guest, Guests, warm_kernels
 from tierstore.shm.ledger import Ledger
 from tierstore.shm.workers import Workers
@@ -65,14 +65,18 @@ class SharedMemory:
         store.counters.collect = self._ledger.collect
         for arena in store.arenas().values():
             arena.on_change = self._tell_everybody
+        store.on_tables = self._follow_tables
+        self._workers.follow_tables()  # should they have changed meanwhile
         self._door = Door(door, self._welcome)
 
     def _welcome(self, connection: socket.socket) -> Callable[[], None]:
-        if len(self._guests) >= self._config.clients_max:
-            raise NoSharedMemory(
-                f"{len(self._guests)} clients are attached, the most there may be (shm.clients_max)"
-            )
-        guest = Guest(connection, self._geometry)
+        user = user_of(connection)
+        try:
+            self._check_places(user)
+        except NoSharedMemory:
+            self._store.counters.add(shm_clients_refused=1)
+            raise
+        guest = Guest(connection, user, self._geometry)
         fixed = [self._control.descriptor(writable=False), guest.memory.descriptor(writable=True)]
         try:
             with self._telling:
@@ -83,6 +87,18 @@ class SharedMemory:
         self._workers.listen_to(guest)
         self._store.counters.add(shm_clients=1)
         return lambda: self._let_go(guest)
+
+    def _check_places(self, user: int) -> None:
+        """Raises NoSharedMemory where there is no place left for one more client of this user."""
+        attached, places = len(self._guests), self._config.clients_max
+        if attached >= places:
+            raise NoSharedMemory(f"{attached} clients are attached, the most there may be (shm.clients_max)")
+        own, most = self._guests.of_user(user), max(1, places * self._config.user_clients_percent // 100)
+        if user != os.geteuid() and own >= most:
+            raise NoSharedMemory(
+                f"user {user} has {own} of {places} places, the most that one user other than the daemon's "
+                "may take (shm.user_clients_percent of shm.clients_max)"
+            )
 
     def _let_go(self, guest: Guest) -> None:
         self._guests.remove(guest)
@@ -97,6 +113,10 @@ class SharedMemory:
             send_layout(guest.connection, layout, [*first, *descriptors])
         finally:
             close_all(descriptors)
+
+    def _follow_tables(self) -> None:
+        self._workers.follow_tables()
+        self._tell_everybody()
 
     def _tell_everybody(self) -> None:
         with self._telling:
@@ -121,7 +141,9 @@ class SharedMemory:
             arenas.append(ArenaNote(note(new), note(old[0]) if old else None))
         tables = tuple(_table_note(table) for table in map(self._store.table, self._store.tables()))
         geometry = self._geometry
-        return Layout(tuple(arenas), tables, self._serving, geometry.touches, geometry.data_bytes), regions
+        ids_max = self._store.config.limits.request_ids_max
+        sizes = (geometry.touches, geometry.data_bytes, ids_max)
+        return Layout(tuple(arenas), tables, self._serving, *sizes), regions
 
     def drain(self, timeout_s: float) -> None:
         """End one-sided reads at once; give requests in work so long."""
@@ -133,6 +155,7 @@ class SharedMemory:
         self._word[0] = 0
         for arena in self._store.arenas().values():
             arena.on_change = lambda: None
+        self._store.on_tables = lambda: None
         self._workers.close()
         self._door.close()
         self._ledger.close()

@@ -3,7 +3,7 @@
 They sleep in epoll until a client rings. Rows go straight to where the client wants them. What a request
 says is copied, then checked: a client can have its own request refused and its own memory filled, nothing
 else. No client holds more than half of the threads, so one with much to read does not keep another waiting
-for all of it.
+for all of it; and users take turns, so many clients of one do not either.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 import os
 import select
 import threading
-from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -33,7 +32,14 @@ from engram_client.arena.mailbox import (
     RequestMemory,
 )
 from engram_client.deadline import Deadline
-from engram_client.errors import BadRequest, BatchTooLarge, Cancelled, TierstoreError, Unavailable
+from engram_client.errors import (
+    BadRequest,
+    BatchTooLarge,
+    Cancelled,
+    GenerationMismatch,
+    TierstoreError,
+    Unavailable,
+)
 from engram_client.transport.base import LookupRequest
 from tierstore.shm.guests import Guest, Guests
 from tierstore.store import Store
@@ -49,9 +55,9 @@ class Workers:
     def __init__(self, store: Store, guests: Guests, count: int) -> None:
         self._store = store
         self._guests = guests
-        self._tables: Mapping[int, ServedTable] = {
-            table.number: table for table in map(store.table, store.tables())
-        }
+        self._retired: dict[int, str] = {}  # numbers of generations that are served no more, and their tables
+        self._tables: dict[int, ServedTable] = {}
+        self.follow_tables()
         self._each_max = max(1, count // 2)
         self._epoll = select.epoll()
         self._call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -64,6 +70,13 @@ class Workers:
         ]
         for thread in self._threads:
             thread.start()
+
+    def follow_tables(self) -> None:
+        """Serve the store's tables of now."""
+        now = {table.number: table for table in map(self._store.table, self._store.tables())}
+        gone = {n: table.spec.name for n, table in self._tables.items() if n not in now}
+        self._retired = {**self._retired, **gone}
+        self._tables = now
 
     def listen_to(self, guest: Guest) -> None:
         self._epoll.register(guest.doorbell, RING)
@@ -119,6 +132,11 @@ class Workers:
     def _look_up(self, guest: Guest, words: list[int]) -> None:
         """Check and serve. What a request says is copied before it is checked."""
         table, by = self._tables.get(words[TABLE]), words[ADDRESS] & ~WHOLE
+        if table is None and (name := self._retired.get(words[TABLE])):
+            raise GenerationMismatch(
+                f"table {name!r}: the request is for a generation that is served no more; the table was "
+                "packed again, fetch it anew with client.table(name)"
+            )
         if table is None or by not in (BY_KEY, BY_ROW):
             raise BadRequest(f"no table has number {words[TABLE]}, or address {words[ADDRESS]} is unknown")
         address: Literal["ngram", "row"] = "ngram" if by == BY_KEY else "row"

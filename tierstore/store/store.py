@@ -6,8 +6,8 @@ hands the rest to the filler, which reads each missing record once. No lock is h
 
 from __future__ import annotations
 
-import itertools
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +18,15 @@ from msgspec import structs
 
 from engram_client.arrays import address_of
 from engram_client.deadline import Deadline
-from engram_client.errors import BadRequest, BatchTooLarge, IdOutOfRange, StorageError, UnknownTable
+from engram_client.errors import (
+    BadRequest,
+    BatchTooLarge,
+    FormatError,
+    IdOutOfRange,
+    StorageError,
+)
 from engram_client.spec import TableSpec
 from engram_client.transport.base import LookupRequest
-from tierstore.catalog import Catalog
 from tierstore.config import Config, Dram, check_config, memory_limit
 from tierstore.devices.base import PageReader
 from tierstore.devices.opening import open_reader
@@ -32,8 +37,8 @@ from tierstore.store.hints import HintQueue
 from tierstore.store.hit_path import HitPath
 from tierstore.store.in_flight import InFlight
 from tierstore.store.lock import acquire_store_lock
-from tierstore.store.opening import open_tables
 from tierstore.store.table import Access, ServedTable
+from tierstore.store.tables import Tables
 from tierstore.store.warmth import Warmth
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.dram import Arena, DramTier
@@ -61,13 +66,13 @@ class Store:
         self.directory = directory
         self.config = config
         self.counters = Counters()
-        with Catalog.open(directory) as catalog:  # first: what is not a store gets no lock file
-            entries = catalog.tables().values()
+        self._tables = Tables(directory, config.nvme.direct)  # first: what is not a store gets no lock file
         self._lock_file = acquire_store_lock(directory)
         self._gate = Gate(f"store {directory}")
-        self._tables: dict[str, ServedTable] = {}
+        self._reloading = threading.Lock()
+        self.on_tables: Callable[[], None] = lambda: None  # called when other tables are served
         try:
-            self._tables, self._broken = open_tables(entries, config.nvme.direct, itertools.count(1))
+            self._tables.open()
             self._start_tiers(make_reader)
         except BaseException:
             self._close_files()
@@ -76,11 +81,11 @@ class Store:
     def _start_tiers(self, make_reader: MakeReader) -> None:
         config = self.config
         sizes: Counter[int] = Counter()
-        for table in self._tables.values():
+        for table in self._tables:
             sizes[table.spec.record_bytes] += table.spec.rows * table.spec.row_bytes
         shares = self.directory / "warm" / "shares.json"
         self._dram = DramTier(config.dram.budget_bytes, known_weights(shares, sizes), self.counters)
-        staging = StagingPool(config.nvme.staging_bytes, max(sizes, default=0))
+        self._staging = StagingPool(config.nvme.staging_bytes, max(sizes, default=0))
         self._reader = make_reader(config)  # what may raise comes before: a reader has threads
         nvme = NvmeTier(
             self._reader,
@@ -89,32 +94,23 @@ class Store:
             run_pages_max=config.nvme.run_pages_max,
         )
         self._extents = self._open_extents()
-        self._filler = Filler(nvme, self._extents, staging, InFlight(), self.counters)
+        self._filler = Filler(nvme, self._extents, self._staging, InFlight(), self.counters)
         self._warmth = Warmth(
-            self.directory / "warm", self._dram.arenas(), self._owners(), self.counters, config.dram
+            self.directory / "warm", self._dram.arenas(), self._tables.owners(), self.counters, config.dram
         )
         self._balance = Balance(self._dram, shares, config.dram.balance_period_s)
         self._hints = HintQueue(config.prefetch.workers, config.limits.prefetch_queue_max, self._serve_hint)
 
     def _open_extents(self) -> ExtentTier:
-        kept = [table for table in self._tables.values() if table.extent_pays]
+        kept = [table for table in self._tables if table.extent_pays]
         sizes: Counter[int] = Counter()
         for table in kept:
             sizes[table.spec.record_bytes] += table.spec.rows * table.spec.row_bytes
         generations = {
-            table.number: table.spec.generation if table.extent_pays else None
-            for table in self._tables.values()
+            table.number: table.spec.generation if table.extent_pays else None for table in self._tables
         }
         folder = self.directory / "extent"
         return ExtentTier(folder, self.config, sizes, generations, self._reader, self.counters)
-
-    def _owners(self) -> dict[str, int]:
-        """Every owner of records by what it is in any process: a generation and an order."""
-        return {
-            f"{table.spec.generation}/{order}": table.owner + order
-            for table in self._tables.values()
-            for order in range(len(table.head_sizes))
-        }
 
     def wait_warm(self, timeout_s: float | None = None) -> bool:
         """Wait until the cache that an earlier run left is in DRAM; False where that takes longer."""
@@ -126,7 +122,7 @@ class Store:
         A table whose first rows cannot be read is logged, as its other rows may be good. Leaves no
         trace in the counters.
         """
-        for table in self._tables.values():
+        for table in self._tables:
             spec = table.spec
             by_key = spec.addressing == "record" and spec.scheme is not None
             shape = (1, spec.scheme.orders) if by_key and spec.scheme else (1,)
@@ -146,19 +142,54 @@ class Store:
 
     def tables(self) -> dict[str, TableSpec]:
         """Every table served, by name."""
-        return {name: table.spec for name, table in self._tables.items()}
+        return self._tables.specs()
 
     def table(self, name: str) -> ServedTable:
         """One table. Raises UnknownTable, naming those there are; what is wrong with a damaged one."""
-        if table := self._tables.get(name):
-            return table
-        if error := self._broken.get(name):
-            raise type(error)(f"table {name!r} is not served: {error}")
-        have = ", ".join(sorted(self._tables)) or "none"
-        raise UnknownTable(
-            f"no table {name!r} is served from {self.directory}; served: {have}; "
-            "a table packed after the start is served from the next start on"
-        )
+        return self._tables.get(name)
+
+    def knows(self, name: str) -> bool:
+        """Whether `describe` would answer at once, well or not."""
+        return self._tables.knows(name)
+
+    def describe(self, name: str) -> TableSpec:
+        """One table; an unknown name is looked for among those packed since. Raises as `table`."""
+        if not self.knows(name):
+            self.reload(replace=False)
+        return self.table(name).spec
+
+    def reload(self, *, replace: bool = True) -> list[str]:
+        """Take up tables packed since and, with `replace`, new generations of those served; their names.
+
+        What cannot be served is logged and changes nothing. Requests in work end with the generation
+        they began with, later ones for it raise GenerationMismatch. Raises FormatError or StorageError where
+        the catalog cannot be read.
+        """
+        with self._reloading, self._gate:
+            taken, replaced = self._tables.take_up(replace=replace, make_room=self._make_room)
+            self._warmth.owners = self._tables.owners()
+            if taken:
+                self.on_tables()
+            for table in replaced:
+                table.retire()
+        return taken
+
+    def _make_room(self, table: ServedTable) -> None:
+        """For a table that is about to be served. Raises FormatError where there is none."""
+        spec = table.spec
+        generation = spec.generation if table.extent_pays else None
+        if spec.record_bytes > self._staging.record_bytes or not self._extents.take_up(
+            table.number, generation
+        ):
+            raise FormatError(
+                f"this process has no room set aside for its records of {spec.record_bytes} bytes, or for "
+                "one more table; start it again to serve the table"
+            )
+        if self._dram.arenas() and self._dram.arena(spec.record_bytes) is None:
+            log.warning(
+                "table %r: records of %d bytes are cached from the next start on; until then each is read",
+                spec.name, spec.record_bytes,
+            )  # fmt: skip
 
     def lookup(self, request: LookupRequest, out: np.ndarray, timeout_s: float | None = None) -> None:
         """Fill `out` (uint8, C-contiguous) with the rows asked for, zeros for -1.
@@ -313,7 +344,7 @@ class Store:
         return {
             **self.counters.snapshot(),
             "tables_served": len(self._tables),
-            "tables_damaged": len(self._broken),
+            "tables_damaged": self._tables.damaged,
             "dram_bytes": self._dram.total_bytes,
             "dram_budget_bytes": self._dram.budget_bytes,
             "extent_bytes": self._extents.capacity_bytes,
@@ -343,6 +374,5 @@ class Store:
         self._close_files()
 
     def _close_files(self) -> None:
-        for table in self._tables.values():
-            table.close()
+        self._tables.close()
         self._lock_file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -64,11 +65,15 @@ class Access:
 
 
 class ServedTable:
-    """A table that is open for look-ups. `number` is unique in this process, also over generations."""
+    """A table that is open for look-ups. `number` is unique in this process, also over generations.
+
+    Its file is closed with it, at the latest: while a request holds the table, its reads find their file.
+    """
 
     def __init__(self, row_file: RowFile, file: OpenFile, number: int) -> None:
         self.row_file = row_file
         self.file = file
+        weakref.finalize(self, file.close).atexit = False
         self.owner = number << ORDER_BITS
         scheme = row_file.spec.scheme
         self.head_sizes = np.array(scheme.head_sizes if scheme else [[0]], np.int64)
@@ -158,6 +163,10 @@ class ServedTable:
             )
         if not access.by_key and len(shape) != 1:
             raise BadRequest(f"row ids must have shape [n], got {list(shape)}")
+
+    def retire(self) -> None:
+        """Served no more: let go of it when the last request is over."""
+        self._accesses.clear()  # they hold the table
 
     def close(self) -> None:
         self.file.close()

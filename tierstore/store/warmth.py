@@ -30,7 +30,7 @@ class Warmth:
     ) -> None:
         self._arenas = {folder / f"{record_bytes}.warm": arena for record_bytes, arena in arenas.items()}
         self._folder = folder
-        self._owners = owners
+        self.owners = owners  # replaced when other tables are served
         self._counters = counters
         self._config = config
         self._closing = threading.Event()
@@ -54,7 +54,7 @@ class Warmth:
     def _load(self, path: Path, arena: Arena) -> None:
         started = time.monotonic()
         try:
-            read = load_snapshot(path, arena, self._owners, self._closing)
+            read = load_snapshot(path, arena, self.owners, self._closing)
         except (FormatError, StorageError, OSError, KeyError, ValueError) as error:
             log.warning("the cache starts cold: snapshot %s cannot be used: %s", path, error)
             return
@@ -65,7 +65,7 @@ class Warmth:
         for path, arena in self._arenas.items():
             try:
                 self._folder.mkdir(exist_ok=True)
-                write_snapshot(path, arena, self._owners, stop)
+                write_snapshot(path, arena, self.owners, stop)
             except (FormatError, StorageError, OSError) as error:
                 log.warning("no snapshot of the cache was written, a restart will be colder: %s", error)
 

@@ -42,6 +42,7 @@ NAMES = (
     "extent_dropped",  # records not written: the buffer was full, or the allowance used up
     "extent_bytes_written",  # indices included
     "shm_clients",  # that were attached
+    "shm_clients_refused",  # because there was no place for them; each counts again when it asks again
     "shm_requests",  # for rows that clients did not find in the arena themselves
     "shm_refused",  # of these: what no client of ours would ask for
     "shm_touches",  # reads of clients that were counted

@@ -34,7 +34,12 @@ from tierstore.kernels.extent import (
     take_unwritten,
 )
 from tierstore.tiers.counters import Counters
-from tierstore.tiers.extent_file import open_extent, remove_other_extents, table_identities
+from tierstore.tiers.extent_file import (
+    open_extent,
+    remove_other_extents,
+    set_identity,
+    table_identities,
+)
 from tierstore.tiers.extent_index import ExtentIndex
 from tierstore.tiers.extent_layout import ExtentGeometry
 from tierstore.tiers.extent_writer import ByteAllowance, ExtentWriter
@@ -209,10 +214,11 @@ class ExtentTier:
         of all tables, by their number in this process; None for those that are not kept.
         """
         self._extents: dict[int, Extent] = {}
+        self._identities = table_identities(generations)
         budget = config.extent.budget_bytes
         if not budget or not table_bytes:
             return
-        identities, total = table_identities(generations), sum(table_bytes.values())
+        identities, total = self._identities, sum(table_bytes.values())
         least = max(ExtentGeometry(record_bytes, 0).group_bytes for record_bytes in table_bytes)
         allowance = ByteAllowance(config.extent.write_bytes_per_s, least)
         buffer_bytes = config.extent.write_buffer_bytes // len(table_bytes)
@@ -237,6 +243,16 @@ class ExtentTier:
                 folder,
                 error,
             )
+
+    def take_up(self, number: int, generation: str | None) -> bool:
+        """Know one table more, before anything of it is read; False where there are too many.
+
+        Its records are kept where there is an extent of their size and `generation` is given.
+        """
+        if number >= len(self._identities):
+            return False
+        set_identity(self._identities, number, generation)
+        return True
 
     def extent(self, record_bytes: int) -> Extent | None:
         """Where records of this size are kept; None where they are not."""

@@ -25,6 +25,7 @@ from tierstore.tiers.extent_index import ExtentIndex
 from tierstore.tiers.extent_layout import HEADER, VERSION, ExtentGeometry, found_version
 
 log = logging.getLogger(__name__)
+TABLES_MAX = 1024  # numbers that one process gives out, each generation of a table a new one
 OURS = re.compile(r"\d+\.(?:extent|index)(?:\.partial)?")
 UUID_SLICE = slice(HEADER.size - 16, HEADER.size)
 
@@ -128,9 +129,17 @@ def remove_other_extents(folder: Path, record_bytes: Collection[int]) -> None:
 
 
 def table_identities(generations: Mapping[int, str | None]) -> np.ndarray:
-    """int64 [tables, 2] of generations, 32 hexadecimal digits, by table number; zeros for None."""
-    identities = np.zeros((max(generations, default=0) + 1, 2), np.int64)
+    """int64 [at least TABLES_MAX, 2] of generations, 32 hexadecimal digits, by table number; zeros for None.
+
+    There is room for tables that come later, so kernels may go on with it when one does.
+    """
+    identities = np.zeros((max(TABLES_MAX, *generations, 0) + 1, 2), np.int64)
     for number, generation in generations.items():
-        if generation is not None:
-            identities[number] = np.frombuffer(bytes.fromhex(generation), "<i8")
+        set_identity(identities, number, generation)
     return identities
+
+
+def set_identity(identities: np.ndarray, number: int, generation: str | None) -> None:
+    """Tell of one table; records of None are not kept."""
+    if generation is not None:
+        identities[number] = np.frombuffer(bytes.fromhex(generation), "<i8")
