@@ -46,7 +46,7 @@ class Model:
 
     @property
     def folds_vocabulary(self) -> bool:
-        """Whether the installed tokenizer may be the model's: others hash ids of a vocabulary of their own."""
+        """Whether the installed tokenizer may be the model's: others hash raw ids of their own."""
         return self.tables[0].scheme.kind == "engram"
 
     @property
