@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import llvmlite
 import numba
@@ -66,7 +66,11 @@ def cache_root() -> Path:
 @cache
 def cache_folder() -> Path | None:
     """The folder for this set of sources, created; None where it cannot be written."""
-    folder = cache_root() / sources_digest(kernel_sources())
+    return usable_folder(cache_root() / sources_digest(kernel_sources()))
+
+
+def usable_folder(folder: Path) -> Path | None:
+    """`folder`, created; None where it cannot be written, which a warning says."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
@@ -88,30 +92,26 @@ def _unusable(folder: Path, reason: str) -> str:
 class _DigestLocator:
     """Tells numba where to keep one function's machine code (its cache-locator interface)."""
 
-    def __init__(self, py_func: Callable[..., Any], folder: Path) -> None:
+    folder: ClassVar[Path]
+
+    def __init__(self, py_func: Callable[..., Any]) -> None:
         self._py_func = py_func
-        self._folder = folder
 
     def ensure_cache_path(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def get_cache_path(self) -> str:
-        return str(self._folder)
+        return str(self.folder)
 
     def get_source_stamp(self) -> str:
-        return self._folder.name
+        return self.folder.name
 
     def get_disambiguator(self) -> str:
         return str(self._py_func.__code__.co_firstlineno)
 
     @classmethod
-    def from_function(cls, py_func: Callable[..., Any], py_file: str) -> _DigestLocator | None:
-        folder = cache_folder()
-        return cls(py_func, folder) if folder else None
-
-
-class _CacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
-    _locator_classes = [_DigestLocator]
+    def from_function(cls, py_func: Callable[..., Any], py_file: str) -> _DigestLocator:
+        return cls(py_func)
 
 
 class KernelFiles(IndexDataCacheFile):  # type: ignore[misc]
@@ -150,7 +150,7 @@ class KernelFiles(IndexDataCacheFile):  # type: ignore[misc]
 
 
 class _KernelCache(FunctionCache):  # type: ignore[misc]
-    _impl_class = _CacheImpl
+    """numba's cache of a function's machine code; `_cache_in` says in which folder."""
 
     def __init__(self, py_func: Callable[..., Any]) -> None:
         super().__init__(py_func)
@@ -158,11 +158,23 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]
         self._cache_file = KernelFiles(self._cache_path, self._impl.filename_base, stamp)
 
 
+@cache
+def _cache_in(folder: Path) -> Any:
+    locator = type("_Locator", (_DigestLocator,), {"folder": folder})
+    implementation = type("_CacheImpl", (CompileResultCacheImpl,), {"_locator_classes": [locator]})
+    return type("_CacheIn", (_KernelCache,), {"_impl_class": implementation})
+
+
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile `function` without the GIL at its first call; keep the machine code on disk."""
+    return compiled(function, cache_folder())
+
+
+def compiled(function: Callable[..., Any], folder: Path | None) -> Any:
+    """As `kernel`, with the machine code in `folder`, which no other sources may use; None keeps none."""
     dispatcher: Any = numba.njit(nogil=True, error_model="numpy")(function)
-    if cache_folder():
-        dispatcher._cache = _KernelCache(dispatcher.py_func)
+    if folder:
+        dispatcher._cache = _cache_in(folder)(dispatcher.py_func)
     return dispatcher
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sysconfig
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,13 @@ def _sources(folder: Path) -> Iterator[Path]:
             yield from _sources(path)
 
 
-def tokenize_corpus(tokenizer_path: Path, documents: Sequence[str]) -> tuple[Ids, Offsets]:
-    """A trace (ids, off) of `documents`: one document after another, no special tokens around them."""
+def tokenize_corpus(
+    tokenizer_path: Path, documents: Iterable[str], progress: Callable[[int], None] = lambda count: None
+) -> tuple[Ids, Offsets]:
+    """A trace (ids, off) of `documents`: one document after another, no special tokens around them.
+
+    `progress` is told of further bytes of text that are tokens now.
+    """
     from tokenizers import Tokenizer
 
     try:
@@ -63,11 +69,11 @@ def tokenize_corpus(tokenizer_path: Path, documents: Sequence[str]) -> tuple[Ids
     except Exception as error:  # the library raises plain Exception
         raise FormatError(f"{tokenizer_path}: not a tokenizer.json: {error}") from error
     parts: list[Ids] = []
-    for first in range(0, len(documents), BATCH_DOCUMENTS):
-        batch = tokenizer.encode_batch(
-            list(documents[first : first + BATCH_DOCUMENTS]), add_special_tokens=False
-        )
-        parts += [np.array(encoding.ids, np.uint32) for encoding in batch]
+    waiting = iter(documents)
+    while batch := list(islice(waiting, BATCH_DOCUMENTS)):
+        encodings = tokenizer.encode_batch(batch, add_special_tokens=False)
+        parts += [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        progress(sum(len(document.encode()) for document in batch))
     off = np.zeros(len(parts) + 1, np.int64)
     np.cumsum([len(part) for part in parts], out=off[1:])
     return np.concatenate(parts) if parts else np.zeros(0, np.uint32), off
@@ -92,7 +98,12 @@ def load_trace(path: Path) -> tuple[Ids, Offsets]:
     except (KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise FormatError(f"{path}: not a token trace with 'ids' and 'off': {error}") from error
     right = ids.dtype == np.uint32 and off.dtype == np.int64 and ids.ndim == off.ndim == 1 and len(off) > 0
-    if not right or off[0] != 0 or off[-1] != len(ids) or np.any(np.diff(off) < 0):
+    if right and np.any(np.diff(off) < 0):
+        at = int(np.flatnonzero(np.diff(off) < 0)[0])
+        raise FormatError(
+            f"{path}: off must not fall, but document {at} starts at {off[at]} and the next at {off[at + 1]}"
+        )
+    if not right or off[0] != 0 or off[-1] != len(ids):
         raise FormatError(
             f"{path}: expected ids uint32 and off int64 rising from 0 to len(ids); got {ids.dtype} "
             f"{ids.shape} and {off.dtype} {off.shape}"

@@ -6,15 +6,17 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as Grid
+from rich.table import Table
 
 from tierbench.record import write_record
 from tierstore.config.units import parse_bytes
 
+DEFAULT_COLUMNS = ("", "tierstore", "yardstick", "ratio", "spread", "bar")
 DATA_FOLDER = Path(".bench")
 NOT_PARAMETERS = ("json", "record", "dir", "out")
 
@@ -55,19 +57,34 @@ def count_list(text: str) -> tuple[int, ...]:
     return counts
 
 
+@dataclass(frozen=True)
+class Grid:
+    """A table for people; the first column holds labels."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Iterable[Sequence[str]]
+
+
 def deliver(
     name: str,
     args: argparse.Namespace,
     results: Mapping[str, Any],
-    rows: Iterable[Sequence[str]],
-    columns: Sequence[str] = ("", "tierstore", "yardstick", "ratio", "spread", "bar"),
+    rows: Iterable[Sequence[str]] = (),
+    columns: Sequence[str] = DEFAULT_COLUMNS,
+    *,
+    grids: Sequence[Grid] = (),
 ) -> int:
-    """Print the figures, write the record if one is wanted; returns the exit code."""
+    """Print the figures, write the record if one is wanted; returns the exit code.
+
+    They are printed as one table of `rows`, or as `grids`.
+    """
     if args.json:
         json.dump(results, sys.stdout, indent=2)
         print()
     else:
-        _print_grid(name, rows, columns)
+        for shown in grids or (Grid(f"tierbench {name}", columns, rows),):
+            _print_grid(shown)
     if args.record:
         parameters = {k: v for k, v in vars(args).items() if k not in (*NOT_PARAMETERS, "seed")}
         args.dir.mkdir(parents=True, exist_ok=True)
@@ -78,11 +95,11 @@ def deliver(
     return 0
 
 
-def _print_grid(name: str, rows: Iterable[Sequence[str]], columns: Sequence[str]) -> None:
-    grid = Grid(title=f"tierbench {name}", title_justify="left")
-    for i, column in enumerate(columns):
+def _print_grid(shown: Grid) -> None:
+    grid = Table(title=shown.title, title_justify="left")
+    for i, column in enumerate(shown.columns):
         grid.add_column(column, justify="right" if i else "left")
-    for row in rows:
+    for row in shown.rows:
         grid.add_row(*row)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(grid)

@@ -8,6 +8,7 @@ search for head sizes starts at `rows_per_head` instead of 16 or 20 million, and
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ from tierbench.content import Content, Literal, Random
 from tierstore.format.sources.safetensors import DTYPE_BYTES
 
 ROWS_PER_HEAD_MAX = 1 << 40
+# Rows a head that the search for head sizes starts at, and bytes of a row, as published.
+PUBLISHED_ROWS = {"deepseek-v4.1": 16_000_000, "qwen-ple": 20_000_000, "engram-demo": 646_400}
+ROW_BYTES = {"deepseek-v4.1": 264, "qwen-ple": 160, "engram-demo": 128}
 STREAMS = 4  # hc_mult of all three models
 EMBED_SCALE = Random("e8m0", low=119)  # 127, which is 2^0, give or take eight
 PROJECTION_SCALE = Random("e8m0", low=94)  # keeps the projected values near one
@@ -80,17 +84,49 @@ def _numbered(files: list[list[PlannedTensor]]) -> dict[str, list[PlannedTensor]
     return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": tensors for i, tensors in enumerate(files)}
 
 
-def _deepseek_v41(size: Size) -> Plan:
-    layers = list(size.layers or (1, 14))
-    schemes = engram_schemes(
+def table_schemes(model: str, size: Size) -> tuple[HashScheme, ...]:
+    """How each of the model's tables is hashed. Raises BadRequest for an unknown model."""
+    if model not in _SCHEMES:
+        raise BadRequest(f"unknown model {model!r}; known: {', '.join(_SCHEMES)}")
+    return _SCHEMES[model](size)
+
+
+def _engram(size: Size, layers: tuple[int, ...], max_ngram_size: int) -> tuple[HashScheme, ...]:
+    return engram_schemes(
         compressed_vocab_size=size.compressed_vocab_size,
-        layer_ids=layers,
-        vocab_size_per_ngram=[size.rows_per_head] * 3,
+        layer_ids=list(size.layers or layers),
+        vocab_size_per_ngram=[size.rows_per_head] * (max_ngram_size - 1),
         n_head_per_ngram=8,
-        max_ngram_size=4,
+        max_ngram_size=max_ngram_size,
         pad_id=2,
         seed=0,
     )
+
+
+def _ple(size: Size) -> tuple[HashScheme, ...]:
+    return (
+        ple_scheme(
+            vocab_size=248320,
+            eos_token_id=248044,
+            ngram_size=3,
+            heads_per_ngram=8,
+            ngram_vocab_base=size.rows_per_head,
+            seed=1234,
+            layer_index=0,
+        ),
+    )
+
+
+_SCHEMES: dict[str, Callable[[Size], tuple[HashScheme, ...]]] = {
+    "deepseek-v4.1": lambda size: _engram(size, (1, 14), 4),
+    "qwen-ple": _ple,
+    "engram-demo": lambda size: _engram(size, (1, 15), 3),
+}
+
+
+def _deepseek_v41(size: Size) -> Plan:
+    schemes = table_schemes("deepseek-v4.1", size)
+    layers = [s.layer_id for s in schemes]
     config = {
         "vocab_size": 129280,
         "hidden_size": size.hidden_size,
@@ -133,15 +169,7 @@ def _qwen_ple(size: Size) -> Plan:
     shards, file_count, dim = 128, 10, 160
     if len(layers) != 1:
         raise BadRequest(f"qwen-ple has one layer with a table; got layers {layers}")
-    scheme = ple_scheme(
-        vocab_size=248320,
-        eos_token_id=248044,
-        ngram_size=3,
-        heads_per_ngram=8,
-        ngram_vocab_base=size.rows_per_head,
-        seed=1234,
-        layer_index=0,
-    )
+    (scheme,) = table_schemes("qwen-ple", size)
     shard_rows = -(-scheme.rows // shards)
     prefix = f"model.language_model.layers.{layers[0]}.ple.ple_embedding."
     tables = [
@@ -187,7 +215,8 @@ def _int64s(name: str, values: list[int]) -> PlannedTensor:
 
 
 def _engram_demo(size: Size) -> Plan:
-    layers = list(size.layers or (1, 15))
+    schemes = table_schemes("engram-demo", size)
+    layers = [s.layer_id for s in schemes]
     config = {
         "engram_vocab_size": [size.rows_per_head] * 2,
         "max_ngram_size": 3,
@@ -201,15 +230,6 @@ def _engram_demo(size: Size) -> Plan:
         "hidden_size": size.hidden_size,
         "hc_mult": STREAMS,
     }
-    schemes = engram_schemes(
-        compressed_vocab_size=size.compressed_vocab_size,
-        layer_ids=layers,
-        vocab_size_per_ngram=[size.rows_per_head] * 2,
-        n_head_per_ngram=8,
-        max_ngram_size=3,
-        pad_id=2,
-        seed=0,
-    )
     return Plan(_numbered([_demo_layer(s, size.hidden_size) for s in schemes]), config)
 
 

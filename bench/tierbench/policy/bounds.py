@@ -30,16 +30,15 @@ def next_uses(ids, distinct):
 
 
 @simulator
-def belady(ids, distinct, capacity, hits):
+def belady(ids, distinct, capacity, found):
     following = next_uses(ids, distinct)
     wanted_at = np.full(distinct, -1, np.int64)  # of the records that are here
     latest = [(np.int64(0), np.int64(0)) for _ in range(0)]  # heap of (-wanted_at, record), stale ones too
     size = 0
-    half = ids.size // 2
     for i in range(ids.size):
         x, then = ids[i], np.int64(following[i])
         if wanted_at[x] >= 0:
-            hits[1 if i >= half else 0] += 1
+            found[i] = 1
             if then == NEVER:
                 wanted_at[x] = -1
                 size -= 1
@@ -58,9 +57,9 @@ def belady(ids, distinct, capacity, hits):
         heapq.heappush(latest, (-then, np.int64(x)))
 
 
-def pinned(ids, distinct, capacity, hits):
+def pinned(ids, distinct, capacity, found):
     half = ids.size // 2
     counts = np.bincount(ids[:half], minlength=distinct)
     kept = np.zeros(distinct, bool)
     kept[np.argsort(counts, kind="stable")[::-1][:capacity]] = True
-    hits[1] += np.count_nonzero(kept[ids[half:]])
+    found[half:] = kept[ids[half:]]

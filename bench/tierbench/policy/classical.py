@@ -1,8 +1,8 @@
 """LRU, CLOCK and SIEVE, fully associative, as published.
 
 Every simulator takes `ids` int32 [n], records numbered 0..distinct-1 in any order; how many
-distinct ones there are; the capacity in records; and `hits` int64 [2], to which it adds the hits of
-the first and of the second half of the trace. A miss is always admitted.
+distinct ones there are; the capacity in records; and `found` uint8 [n], all 0, where it sets a 1 for
+every access that hits. A miss is always admitted.
 
 LRU evicts what was used longest ago. CLOCK (Corbato, 1968) keeps records in a ring with one
 reference bit each; the hand clears bits until it meets a clear one. SIEVE (Zhang et al., NSDI 2024)
@@ -19,17 +19,16 @@ from tierbench.policy.compiled import simulator
 
 
 @simulator
-def lru(ids, distinct, capacity, hits):
+def lru(ids, distinct, capacity, found):
     older = np.full(distinct + 1, -1, np.int32)  # towards the least recent; `distinct` is the list's head
     newer = np.full(distinct + 1, -1, np.int32)
     head = distinct
     older[head] = newer[head] = head
     size = 0
-    half = ids.size // 2
     for i in range(ids.size):
         x = ids[i]
         if newer[x] >= 0:
-            hits[1 if i >= half else 0] += 1
+            found[i] = 1
             older[newer[x]] = older[x]
             newer[older[x]] = newer[x]
         elif size == capacity:
@@ -45,16 +44,15 @@ def lru(ids, distinct, capacity, hits):
 
 
 @simulator
-def clock(ids, distinct, capacity, hits):
+def clock(ids, distinct, capacity, found):
     frame_of = np.full(distinct, -1, np.int32)
     ring = np.full(capacity, -1, np.int32)
     referenced = np.zeros(capacity, np.uint8)
     hand = size = 0
-    half = ids.size // 2
     for i in range(ids.size):
         x = ids[i]
         if frame_of[x] >= 0:
-            hits[1 if i >= half else 0] += 1
+            found[i] = 1
             referenced[frame_of[x]] = 1
             continue
         if size < capacity:
@@ -71,7 +69,7 @@ def clock(ids, distinct, capacity, hits):
 
 
 @simulator
-def sieve(ids, distinct, capacity, hits):
+def sieve(ids, distinct, capacity, found):
     newer = np.full(distinct + 1, -1, np.int32)  # `distinct` stands before the oldest and after the newest
     older = np.full(distinct + 1, -1, np.int32)
     head = distinct
@@ -79,11 +77,10 @@ def sieve(ids, distinct, capacity, hits):
     visited = np.zeros(distinct + 1, np.uint8)
     hand = head
     size = 0
-    half = ids.size // 2
     for i in range(ids.size):
         x = ids[i]
         if newer[x] >= 0:
-            hits[1 if i >= half else 0] += 1
+            found[i] = 1
             visited[x] = 1
             continue
         if size == capacity:

@@ -1,26 +1,51 @@
-"""The arena itself, its own kernels over memory of its own, replaying a trace.
+"""The arena itself, its own kernels over memory of its own, replaying look-ups.
 
-Records have no content here, which changes nothing for their keys. `tierstore` takes one access at a
-time and admits a miss before the next, as every simulator does. `hinted` reads window by window and
-hints each window before it reads the one ahead of it, as a server does that knows its prompts.
+Records have no content here, which changes nothing for their keys. A look-up is a batch, as the service
+answers it: all its entries are looked for, then every record that was missing is admitted, once
+and in order of first appearance. So an entry whose record is brought for an earlier entry of the same
+look-up is a miss that costs no read. `tierstore` takes one access at a time, as every simulator does.
+`hinted` reads window by window and hints each window before it reads the one ahead of it, as a server
+does that knows its prompts.
+
+All keys are known here, so index lines are asked for long before they are wanted, also across look-ups.
+That saves time and changes nothing else.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from engram_client.arena.layout import LINE_BYTES, SMALL, WANTED, WAYS, ArenaGeometry
+from engram_client.arena.atomics import equal_halves, lowest_bit, prefetch_line
+from engram_client.arena.layout import (
+    GHOST_BYTES,
+    LINE_BYTES,
+    SMALL,
+    TAGS_AT,
+    WANTED,
+    WAYS,
+    ArenaGeometry,
+)
 from engram_client.arena.read import count_read, find_way, mix, set_of, tag_of
 from tierbench.policy.compiled import simulator
 from tierbench.policy.traces import RecordTrace
-from tierstore.kernels.admit import ADMITTED, COUNTS, admit_record
+from tierstore.kernels.admit import COUNTS, admit_record
+from tierstore.kernels.distinct import find_distinct
 from tierstore.kernels.dueling import new_duel, note_eviction
 
 HINT, DEMAND = 0, 1  # bytes read by each
+FOUND, READ, REPEATED = 0, 1, 2  # what became of an entry; REPEATED: missing, and brought for another one
+AHEAD = 64  # entries; a power of two
+SOON = AHEAD // 2
+ROOM = 4  # times as many slots as there are accesses: hardly a set overflows, so more change nothing
+
+
+def room_for(capacity: int, accesses: int) -> int:
+    """Records that an arena of this capacity need hold under so many accesses: memory is not for show."""
+    return min(capacity, ROOM * accesses)
 
 
 class Replay:
-    """An empty arena for so many records."""
+    """An empty arena for so many records, at least one set of them."""
 
     def __init__(self, capacity: int) -> None:
         geometry = ArenaGeometry(max(1, capacity // WAYS), 0)
@@ -30,16 +55,30 @@ class Replay:
         self._places = (index, slots, ghosts, geometry.sets, geometry.slot_bytes)
         self.duel = new_duel(geometry.sets)
 
-    def play(self, keys: np.ndarray, owners: np.ndarray, part_bytes: int) -> int:
-        """Read the keys one after another, admit each that is missing; returns how many were there."""
-        return int(_replay(*self._places, self.duel, keys, owners, part_bytes))
+    def look_up(
+        self,
+        keys: np.ndarray,
+        owners: np.ndarray,
+        ends: np.ndarray,
+        outcome: np.ndarray,
+        part_bytes: int = DEMAND,
+    ) -> None:
+        """Answer look-ups, of which number i ends before entry ends[i]; ends int64 [m].
+
+        `keys`, `owners` int64 [n]. Writes FOUND, READ or REPEATED to `outcome` uint8 [n].
+        """
+        _replay(*self._places, self.duel, keys, owners, ends, part_bytes, outcome)
+
+    def play(self, keys: np.ndarray, owners: np.ndarray, part_bytes: int) -> np.ndarray:
+        """Read the keys one after another, admit each that is missing; uint8 [n], 1 where one was there."""
+        outcome = np.empty(keys.size, np.uint8)
+        self.look_up(keys, owners, np.arange(1, keys.size + 1), outcome, part_bytes)
+        return np.equal(outcome, FOUND).view(np.uint8)
 
 
-def tierstore(trace: RecordTrace, capacity: int, hits: np.ndarray) -> None:
-    """Add the hits of the first and of the second half to `hits` int64 [2]."""
-    replay, half = Replay(capacity), trace.ids.size // 2
-    for i, ids in enumerate((trace.ids[:half], trace.ids[half:])):
-        hits[i] += replay.play(trace.keys[ids], trace.owners[ids], DEMAND)
+def tierstore(trace: RecordTrace, capacity: int, found: np.ndarray) -> None:
+    """Set a 1 in `found` uint8 [n] for each access that hits."""
+    found[:] = Replay(capacity).play(trace.keys[trace.ids], trace.owners[trace.ids], DEMAND)
 
 
 def hinted(trace: RecordTrace, capacity: int, window: int) -> tuple[float, float]:
@@ -51,28 +90,90 @@ def hinted(trace: RecordTrace, capacity: int, window: int) -> tuple[float, float
     found = read = 0
     for start in range(-window, trace.ids.size, window):
         ahead = trace.ids[start + window : start + 2 * window]
-        read += ahead.size - replay.play(trace.keys[ahead], trace.owners[ahead], HINT)
+        read += ahead.size - int(replay.play(trace.keys[ahead], trace.owners[ahead], HINT).sum())
         now = trace.ids[max(start, 0) : start + window]
-        here = replay.play(trace.keys[now], trace.owners[now], DEMAND)
+        here = int(replay.play(trace.keys[now], trace.owners[now], DEMAND).sum())
         found, read = found + here, read + now.size - here
     return found / trace.ids.size, read / trace.ids.size
 
 
 @simulator
-def _replay(index, slots, ghosts, sets, slot_bytes, duel, keys, owners, part_bytes):
+def _ask_for_set(index, sets, keys, owners, hashes, i):
+    """Hash entry i and have its index line come closer."""
+    h = mix(keys[i], owners[i])
+    hashes[i & AHEAD - 1] = h
+    prefetch_line(index + set_of(h, sets) * LINE_BYTES)
+
+
+@simulator
+def _ask_for_slot(index, slots, ghosts, sets, slot_bytes, h):
+    """Have the slot that an entry may lie in come closer, or what admitting it will touch."""
+    which = set_of(h, sets)
+    ways = equal_halves(index + which * LINE_BYTES + TAGS_AT, tag_of(h))
+    if ways != 0:
+        prefetch_line(slots + (which * WAYS + lowest_bit(ways)) * slot_bytes)
+    else:
+        prefetch_line(ghosts + which * GHOST_BYTES)
+
+
+@simulator
+def _distinct_misses(keys, owners, misses, places, first, inverse, missing_keys, missing_owners):
+    """The first entry of each record among entries `misses`; writes them to `first`, returns how many."""
+    for m in range(misses.size):
+        missing_keys[m], missing_owners[m] = keys[misses[m]], owners[misses[m]]
+    size = 16
+    while size < 2 * misses.size:
+        size *= 2
+    places[:size] = -1
+    n = misses.size
+    count = find_distinct(missing_keys[:n], missing_owners[:n], places[:size], first, inverse)
+    for d in range(count):
+        first[d] = misses[first[d]]
+    return count
+
+
+@simulator
+def _replay(index, slots, ghosts, sets, slot_bytes, duel, keys, owners, ends, part_bytes, outcome):
     counts = np.zeros(COUNTS, np.int64)
     state = SMALL | WANTED if part_bytes == HINT else SMALL
-    for i in range(keys.size):
-        h = mix(keys[i], owners[i])
-        which = set_of(h, sets)
-        line, set_slots = index + which * LINE_BYTES, slots + which * WAYS * slot_bytes
-        way = find_way(line, set_slots, slot_bytes, tag_of(h), keys[i], owners[i])
-        if way >= 0:
-            count_read(line, way, part_bytes)
-        else:
-            which = admit_record(
-                index, slots, ghosts, sets, slot_bytes, duel, 0, keys[i], owners[i], 0, state, counts, 0
+    hashes = np.empty(AHEAD, np.uint64)
+    longest = start = 0
+    for end in ends:
+        longest, start = max(longest, end - start), end
+    misses, scratch = np.empty(longest, np.int64), np.empty((4, longest), np.int64)
+    places = np.empty(4 * longest + 16, np.int64)
+    for i in range(min(AHEAD, keys.size)):
+        _ask_for_set(index, sets, keys, owners, hashes, i)
+    start = 0
+    for end in ends:
+        missing = 0
+        for i in range(start, end):
+            h = hashes[i & AHEAD - 1]
+            which = set_of(h, sets)
+            line, set_slots = index + which * LINE_BYTES, slots + which * WAYS * slot_bytes
+            way = find_way(line, set_slots, slot_bytes, tag_of(h), keys[i], owners[i])
+            if way >= 0:
+                count_read(line, way, part_bytes)
+                outcome[i] = FOUND
+            else:
+                outcome[i] = REPEATED
+                misses[missing] = i
+                missing += 1
+            if i + AHEAD < keys.size:
+                _ask_for_set(index, sets, keys, owners, hashes, i + AHEAD)
+            if i + SOON < keys.size:
+                _ask_for_slot(index, slots, ghosts, sets, slot_bytes, hashes[i + SOON & AHEAD - 1])
+        if missing:
+            first = scratch[0]
+            read = _distinct_misses(
+                keys, owners, misses[:missing], places, first, scratch[1], scratch[2], scratch[3]
             )
-            if which >= 0:
-                note_eviction(duel, which, sets)
-    return keys.size - counts[ADMITTED]
+            for d in range(read):
+                i = first[d]
+                outcome[i] = READ
+                which = admit_record(
+                    index, slots, ghosts, sets, slot_bytes, duel, 0, keys[i], owners[i], 0, state, counts, 0
+                )
+                if which >= 0:
+                    note_eviction(duel, which, sets)
+        start = end

@@ -40,18 +40,17 @@ def _remember(ghost, ends, ghost_at, x):
 
 
 @simulator
-def s3_fifo(ids, distinct, capacity, hits):
+def s3_fifo(ids, distinct, capacity, found):
     small_max = max(1, capacity // 10)
     small, main = np.empty(capacity + 1, np.int32), np.empty(capacity + 1, np.int32)
     ghost = np.empty(max(1, capacity - small_max), np.int32)
     small_ends, main_ends, ghost_ends = np.zeros(2, np.int64), np.zeros(2, np.int64), np.zeros(2, np.int64)
     frequency = np.full(distinct, -1, np.int8)  # -1: not here
     ghost_at = np.full(distinct, -1, np.int64)
-    half = ids.size // 2
     for i in range(ids.size):
         x = ids[i]
         if frequency[x] >= 0:
-            hits[1 if i >= half else 0] += 1
+            found[i] = 1
             frequency[x] = min(FREQUENCY_MAX, frequency[x] + 1)
             continue
         while small_ends[1] - small_ends[0] + main_ends[1] - main_ends[0] >= capacity:

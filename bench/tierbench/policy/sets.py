@@ -17,17 +17,16 @@ from tierbench.policy.compiled import simulator
 
 
 @simulator
-def set_clock(ids, keys, owners, capacity, hits):
+def set_clock(ids, keys, owners, capacity, found):
     sets = max(1, capacity // WAYS)
     holds = np.full((sets, WAYS), -1, np.int32)
     read, hand = np.zeros((sets, WAYS), np.uint8), np.zeros(sets, np.uint8)
     way_of = np.full(keys.size, -1, np.int8)
-    half = ids.size // 2
     for i in range(ids.size):
         x = ids[i]
         s = set_of(mix(keys[x], owners[x]), sets)
         if way_of[x] >= 0:
-            hits[1 if i >= half else 0] += 1
+            found[i] = 1
             read[s, way_of[x]] = 1
             continue
         way = hand[s]
@@ -72,7 +71,7 @@ def _recall(ghosts, newest, fingerprint):
 
 
 @simulator
-def two_queues(ids, keys, owners, capacity, hits, trial, passes, ghosts_max, bits, reads_max):
+def two_queues(ids, keys, owners, capacity, found, trial, passes, ghosts_max, bits, reads_max):
     sets = max(1, capacity // WAYS)
     holds = np.full((sets, WAYS), -1, np.int32)
     reads, in_main = np.zeros((sets, WAYS), np.uint8), np.zeros((sets, WAYS), np.uint8)
@@ -80,13 +79,12 @@ def two_queues(ids, keys, owners, capacity, hits, trial, passes, ghosts_max, bit
     used = np.zeros(sets, np.int8)
     ghosts, newest = np.zeros((sets, max(1, ghosts_max)), np.int16), np.zeros(sets, np.int64)
     way_of = np.full(keys.size, -1, np.int8)
-    half = ids.size // 2
     for i in range(ids.size):
         x = ids[i]
         h = mix(keys[x], owners[x])
         s = set_of(h, sets)
         if way_of[x] >= 0:
-            hits[1 if i >= half else 0] += 1
+            found[i] = 1
             way = way_of[x]
             if reads[s, way] < (reads_max if in_main[s, way] else passes):
                 reads[s, way] += 1

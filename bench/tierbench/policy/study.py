@@ -20,12 +20,12 @@ Policy = Callable[[RecordTrace, int, np.ndarray], None]
 
 
 def _numbered(simulate: Any) -> Policy:
-    return lambda trace, capacity, hits: simulate(trace.ids, trace.distinct, capacity, hits)
+    return lambda trace, capacity, found: simulate(trace.ids, trace.distinct, capacity, found)
 
 
 def _in_sets(simulate: Any, *choices: int) -> Policy:
-    return lambda trace, capacity, hits: simulate(
-        trace.ids, trace.keys, trace.owners, capacity, hits, *choices
+    return lambda trace, capacity, found: simulate(
+        trace.ids, trace.keys, trace.owners, capacity, found, *choices
     )
 
 
@@ -64,10 +64,10 @@ def judge(trace: RecordTrace, capacity: int, policies: Iterable[str]) -> dict[st
     whole: dict[str, float] = {}
     second: dict[str, float] = {}
     for name in policies:
-        hits = np.zeros(2, np.int64)
+        hits = np.zeros(trace.ids.size, np.uint8)
         POLICIES[name](trace, capacity, hits)
-        whole[name] = float(hits.sum() / trace.ids.size)
-        second[name] = float(hits[1] / (trace.ids.size - trace.ids.size // 2))
+        whole[name] = float(hits.mean())
+        second[name] = float(hits[trace.ids.size // 2 :].mean())
     rivals = {name: whole[name] for name in policies if name in CLASSICAL}
     found: dict[str, Any] = {"capacity_records": capacity, "whole": whole, "second_half": second}
     if rivals and "tierstore" in whole:

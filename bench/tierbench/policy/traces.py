@@ -16,6 +16,7 @@ import numpy as np
 from engram_client.hashing.mapping import NgramHashMapping
 from engram_client.tokenizer import CompressedTokenizer
 from tierbench.corpus import Ids, Offsets
+from tierbench.policy.schedule import server_batches
 
 ROWS_PER_HEAD, ORDERS, LAYERS, PAD_ID, SEED = 16_000_000, 3, (1, 14), 2, 0
 BATCH_TOKENS = 512
@@ -58,35 +59,15 @@ def _layer_keys(mapping: NgramHashMapping, layer: int, sequences: list[Ids]) -> 
     return np.concatenate(found)
 
 
-def in_turn(lengths: list[int], sessions: int, step: int = 1) -> np.ndarray:
-    """The order in which a server with so many sessions sees the tokens of its documents.
-
-    Sessions take documents as they come free; each round every session adds `step` tokens.
-    """
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    waiting = iter(range(len(lengths)))
-    running: list[list[int]] = []
-    order: list[np.ndarray] = []
-    while True:
-        while len(running) < sessions and (d := next(waiting, None)) is not None:
-            if lengths[d]:
-                running.append([int(starts[d]), int(starts[d]) + lengths[d]])
-        if not running:
-            return np.concatenate(order)
-        for session in running:
-            stop = min(session[0] + step, session[1])
-            order.append(np.arange(session[0], stop))
-            session[0] = stop
-        running = [session for session in running if session[0] < session[1]]
-
-
 def text_trace(
     name: str, mapping: NgramHashMapping, sequences: list[Ids], *, sessions: int = 1
 ) -> RecordTrace:
     """The records that these documents ask for, read one by one or in `sessions` side by side."""
     keys = [_layer_keys(mapping, layer, sequences) for layer in LAYERS]
     if sessions > 1:
-        order = in_turn([len(s) for s in sequences], sessions)
+        lengths = np.array([len(s) for s in sequences], np.int64)
+        starts = np.cumsum(lengths) - lengths
+        order, _ = server_batches(starts, np.zeros_like(lengths), lengths, sessions=sessions, chunk=1, step=1)
         keys = [k[order] for k in keys]
     both = np.stack(keys)  # [layers, tokens, orders]
     owners = np.arange(1, len(LAYERS) + 1)[:, None, None] << 8 | np.arange(ORDERS)

@@ -82,7 +82,7 @@ def _touch(older, newer, segment, sizes, protected_max, distinct, x):
 
 
 @simulator
-def w_tinylfu(ids, distinct, capacity, hits):
+def w_tinylfu(ids, distinct, capacity, found):
     window_max = max(1, capacity // 100)
     main_max = max(1, capacity - window_max)
     protected_max = main_max * 4 // 5
@@ -96,7 +96,6 @@ def w_tinylfu(ids, distinct, capacity, hits):
     segment = np.full(distinct, -1, np.int8)
     sizes = np.zeros(3, np.int64)
     counted = 0
-    half = ids.size // 2
     for i in range(ids.size):
         x = ids[i]
         _count(sketch, x)
@@ -105,7 +104,7 @@ def w_tinylfu(ids, distinct, capacity, hits):
             _halve(sketch)
             counted //= 2
         if segment[x] >= 0:
-            hits[1 if i >= half else 0] += 1
+            found[i] = 1
             _touch(older, newer, segment, sizes, protected_max, distinct, x)
             continue
         segment[x] = WINDOW

