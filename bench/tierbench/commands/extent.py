@@ -147,11 +147,12 @@ def _clairvoyant(tally: Tally, spec: TableSpec, stats: dict[str, int]) -> float:
     """Reads for a missed record seen before, at one for each that could have been kept."""
     capacity = _slots(spec, stats["extent_bytes"]) + stats["dram_bytes"] // spec.record_bytes
     ids = np.unique(np.concatenate(tally.misses), return_inverse=True)[1].reshape(-1).astype(np.int32)
-    hits = np.zeros(2, np.int64)
+    found = np.zeros(ids.size, np.uint8)
     if stats["extent_bytes"]:
-        belady(ids, int(ids.max()) + 1, capacity, hits)
-    lost = tally.seen.missed - int(hits.sum())
-    return (int(hits.sum()) + spec.record_rows * lost) / max(1, tally.seen.missed)
+        belady(ids, int(ids.max()) + 1, capacity, found)
+    hits = int(found.sum())
+    lost = tally.seen.missed - hits
+    return (hits + spec.record_rows * lost) / max(1, tally.seen.missed)
 
 
 def _look_up_all(store: Store, spec: TableSpec, keys: np.ndarray, batch_tokens: int) -> Tally:
