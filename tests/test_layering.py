@@ -34,7 +34,8 @@ COMMAND_LINES = ("tierstore/cli.py", "tierstore/commands/", "bench/")
 TORCH = (
     "engram_client/arrays.py",  # the client's callers hand it tensors
     "engram_client/dequantize.py",
-    "engram_client/hashing/device.py",
+    "engram_client/hashing/device",
+    "engram_client/gpu/",
     "engram_client/hashing/mapping.py",  # within `on_device`
     "engram_client/hbm/",
     "engram_client/modules/",
@@ -52,11 +53,13 @@ NUMBA = (
 GRPC = ("tierstore/rpc/", "engram_client/transport/", "bench/")
 # 2026-11-22: replays of millions of accesses need compiled loops; the simulators are no part of the product.
 SIMULATORS = "bench/tierbench/policy/"
+# Kernels for devices; imported within the trial of their group (engram_client/gpu/probe.py), nowhere else.
+TRITON = ("engram_client/gpu/", "engram_client/hashing/device", "engram_client/hbm/", "bench/")
 WALLS: dict[str, tuple[str, ...]] = {
     "numba": (*NUMBA, SIMULATORS),
     "llvmlite": NUMBA,
     "torch": TORCH,
-    "triton": TORCH,
+    "triton": TRITON,
     "kvikio": ("tierstore/devices/gds",),
     "cupy": ("tierstore/devices/gds",),
     "grpc": GRPC,
@@ -120,7 +123,7 @@ def test_third_party_packages_stay_behind_their_walls() -> None:
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        ("engram_client", ("torch", "rich", "matplotlib", "tierstore")),
+        ("engram_client", ("torch", "triton", "rich", "matplotlib", "tierstore")),
         ("tierstore.cli", ("torch", "rich", "matplotlib", "lmdb")),
         ("tierstore.store", ("torch", "grpc", "rich", "matplotlib")),
         ("tierstore.daemon", ("torch", "rich", "matplotlib")),
