@@ -4,7 +4,7 @@
 #   make test    lint, then every test
 #   make lint    ruff and mypy
 #   make bench   the committed benchmark records, anew (about an hour)
-#   make bench-gpu   those of the HBM tier, on a machine with a CUDA build of torch and a GPU
+#   make bench-gpu   those that need a GPU, in two calls of at most ten minutes: BENCH_ARGS='--part 1', then 2
 #   make proto   the protobuf stub, after a change in proto/
 #   make clean   remove everything that these targets made
 #
@@ -54,7 +54,7 @@ bench: $(READY)
 	@$(BIN)/tierbench record --out bench/results
 
 bench-gpu: $(READY)
-	@$(BIN)/tierbench hbm --device cuda --record bench/results
+	@$(BIN)/tierbench gpu --device cuda --record bench/results $(BENCH_ARGS)
 
 proto: $(READY)
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \

@@ -84,7 +84,7 @@ def deliver(
         print()
     else:
         for shown in grids or (Grid(f"tierbench {name}", columns, rows),):
-            _print_grid(shown)
+            print_grid(shown)
     if args.record:
         parameters = {k: v for k, v in vars(args).items() if k not in (*NOT_PARAMETERS, "seed")}
         args.dir.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,8 @@ def deliver(
     return 0
 
 
-def _print_grid(shown: Grid) -> None:
+def print_grid(shown: Grid) -> None:
+    """A table on stdout, wide where that is no terminal."""
     grid = Table(title=shown.title, title_justify="left")
     for i, column in enumerate(shown.columns):
         grid.add_column(column, justify="right" if i else "left")

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_client.errors import BadRequest, DataCorrupt
+from engram_client.errors import DataCorrupt
 from engram_client.hashing import NgramHashMapping
 from engram_client.hbm.arena import HbmArena
 from tierbench.alternate import Step, alternate, rate
+from tierbench.gpu.device import finish
 from tierbench.record import compare
 
 ROW_BYTES, HEADS = 264, 8  # DeepSeek-V4.1's
@@ -22,12 +23,6 @@ RECORD_WORDS = RECORD_BYTES // 8
 FILL = 0.75  # of the slots are offered a record
 BATCHES = 8
 V41_VOCABULARY = 99_092
-
-
-def finish(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def records_of(keys: Tensor) -> Tensor:
@@ -139,14 +134,6 @@ def waits(device: torch.device, call: Callable[[], object]) -> str:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return "no"
-
-
-def device_of(name: str) -> torch.device:
-    """Raises BadRequest where torch has no such device."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise BadRequest(f"--device {name}: {error}") from error
 
 
 def _named(keys: Tensor) -> tuple[Tensor, Tensor]:

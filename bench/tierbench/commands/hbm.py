@@ -16,7 +16,8 @@ import torch
 
 from engram_client.errors import BadRequest
 from tierbench.delivery import add_common_arguments, deliver, rate_row, size_argument
-from tierbench.device_hits import HEADS, device_of, hashing, hits
+from tierbench.device_hits import HEADS, hashing, hits
+from tierbench.gpu.device import device_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
