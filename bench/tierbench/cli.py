@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from engram_client.errors import TierstoreError
 from tierstore.cli import INTERRUPTED, OK, USAGE, exit_code
@@ -64,9 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(name, rest)
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without all options there are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
 def run_command(name: str, arguments: list[str]) -> int:
     module = importlib.import_module(f"tierbench.commands.{name.replace('-', '_')}")
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=f"tierbench {name}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tierbench.options import count, positive, whole
 from tierbench.record import write_record
-from tierstore.config.units import parse_bytes
 
 DEFAULT_COLUMNS = ("", "tierstore", "yardstick", "ratio", "spread", "bar")
 DATA_FOLDER = Path(".bench")
@@ -33,28 +33,12 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, windows: int, windo
     """`--dir`, `--windows`, `--window-s` where there is one, `--seed`, `--json` and `--record`."""
     add_delivery_arguments(parser)
     add = parser.add_argument
-    add("--windows", type=int, default=windows, metavar="N",
+    add("--windows", type=count, default=windows, metavar="N",
         help="alternated windows (default: %(default)s)")  # fmt: skip
     if window_s is not None:
-        add("--window-s", type=float, default=window_s, metavar="S",
+        add("--window-s", type=positive, default=window_s, metavar="S",
             help="length of one window in seconds (default: %(default)s)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of keys and row ids (default: %(default)s)")
-
-
-def size_argument(text: str) -> int:
-    """Bytes, as people write them: 4GiB."""
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
-
-
-def count_list(text: str) -> tuple[int, ...]:
-    """Positive numbers with commas between them."""
-    counts = tuple(int(part) for part in text.split(","))
-    if min(counts) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: each must be at least 1")
-    return counts
+    add("--seed", type=whole, default=0, help="of keys and row ids (default: %(default)s)")
 
 
 @dataclass(frozen=True)

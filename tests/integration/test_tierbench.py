@@ -96,9 +96,9 @@ def test_cold(capsys: pytest.CaptureFixture[str], data: Path) -> None:
     assert min(v for v in found["other_ways"]["rows_per_s"].values() if v is not None) > 0
 
 
-def test_serve(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+def test_remote(capsys: pytest.CaptureFixture[str], data: Path) -> None:
     sizes = ["--dram-bytes", "64MiB", "--different", "2", "--peer-rows-per-head", "1000"]
-    found = figures(capsys, data, "serve", *TINY, *sizes)
+    found = figures(capsys, data, "remote", *TINY, *sizes)
     assert set(found["peers"]) == {name for name, package in PEERS.items() if find_spec(package)}
     for peer in found["peers"].values():
         assert_pairs(peer["rows_per_s"])
@@ -207,7 +207,7 @@ def test_staging(capsys: pytest.CaptureFixture[str], data: Path) -> None:
 
 
 def test_wrong_sizes_are_one_line(capsys: pytest.CaptureFixture[str], data: Path) -> None:
-    assert cli.main(["lookup", "--dir", str(data), "--fill", "2", *TINY]) == 2
+    assert cli.main(["lookup", "--dir", str(data), "--fill", "0", *TINY]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

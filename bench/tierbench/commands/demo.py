@@ -22,6 +22,7 @@ from tierbench.demo.gate import Gate
 from tierbench.demo.original import OriginalRows
 from tierbench.demo.report import figures, print_report
 from tierbench.demo.traffic import Layer, Tally, decode, prefill
+from tierbench.options import count
 from tierstore.commands.readable import readable_bytes
 
 ROWS_PER_HEAD = 250_000
@@ -38,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dir", type=Path, default=Path(".demo"), help="where everything is kept (default: .demo)"
     )
-    parser.add_argument("--rows-per-head", type=int, default=ROWS_PER_HEAD, metavar="N")
-    parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help="tokens of text to prefill")
-    parser.add_argument("--decode-tokens", type=int, default=DECODE_TOKENS, metavar="N")
+    parser.add_argument("--rows-per-head", type=count, default=ROWS_PER_HEAD, metavar="N")
+    parser.add_argument("--tokens", type=count, default=TOKENS, metavar="N", help="tokens of text to prefill")
+    parser.add_argument("--decode-tokens", type=count, default=DECODE_TOKENS, metavar="N")
     parser.add_argument("--transport", choices=("tcp", "unix"), default="tcp")
     parser.add_argument("--json", action="store_true", help="the figures as JSON on stdout")
 

@@ -28,6 +28,7 @@ from engram_client.deadline import Deadline
 from engram_client.spec import TableSpec
 from engram_client.transport.base import LookupRequest
 from tierbench.delivery import add_delivery_arguments, deliver
+from tierbench.options import count, fraction, positive
 from tierbench.policy.bounds import belady
 from tierbench.prepared import PreparedTable, prepared_table
 from tierbench.text_keys import text_keys
@@ -76,12 +77,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_delivery_arguments(parser)
     parser.set_defaults(seed=None)  # nothing is drawn: the trace is the text
     add = parser.add_argument
-    add("--rows-per-head", type=int, default=250_000, metavar="N", help="of the table (default: %(default)s)")
-    add("--tokens-per-row", type=float, default=1.5, metavar="X",
+    add(
+        "--rows-per-head",
+        type=count,
+        default=250_000,
+        metavar="N",
+        help="of the table (default: %(default)s)",
+    )
+    add("--tokens-per-row", type=positive, default=1.5, metavar="X",
         help="length of the trace, for each row of a head (default: %(default)s)")  # fmt: skip
-    add("--dram-share", type=float, default=0.1, help="of the table's bytes (default: %(default)s)")
-    add("--extent-share", type=float, default=0.2, help="of the table's bytes (default: %(default)s)")
-    add("--batch-tokens", type=int, default=512, metavar="N", help="of one look-up (default: %(default)s)")
+    add("--dram-share", type=fraction, default=0.1, help="of the table's bytes (default: %(default)s)")
+    add("--extent-share", type=fraction, default=0.2, help="of the table's bytes (default: %(default)s)")
+    add("--batch-tokens", type=count, default=512, metavar="N", help="of one look-up (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

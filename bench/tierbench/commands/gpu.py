@@ -20,6 +20,7 @@ from tierbench.delivery import DATA_FOLDER, Grid, print_grid
 from tierbench.gpu import plan
 from tierbench.gpu.isolated import NO_DEVICE, run_isolated
 from tierbench.machine import package_versions
+from tierbench.options import positive, whole
 from tierbench.record import write_record
 from tierstore.cli import FOUND_PROBLEM, OK
 
@@ -33,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only these sections, and the device's bandwidth")  # fmt: skip
     add("--part", type=int, choices=plan.PARTS, help="one half of the sections")
     add("--list", action="store_true", help="name the sections and what each may take, and run none")
-    add("--limit-s", type=float, metavar="S", help="begin no section that could end later than this")
-    add("--timeout-s", type=float, metavar="S", help="of each section, in place of its own")
+    add("--limit-s", type=positive, metavar="S", help="begin no section that could end later than this")
+    add("--timeout-s", type=positive, metavar="S", help="of each section, in place of its own")
     add("--dir", type=Path, default=DATA_FOLDER, help="data, made once and kept (default: %(default)s)")
-    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--seed", type=whole, default=0, help="default: %(default)s")
     add("--json", action="store_true", help="all results as JSON on stdout")
     add("--record", type=Path, metavar="DIR", help="write the record of each section into this folder")
 

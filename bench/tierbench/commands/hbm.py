@@ -15,18 +15,19 @@ from typing import Any
 import torch
 
 from engram_client.errors import BadRequest
-from tierbench.delivery import add_common_arguments, deliver, rate_row, size_argument
+from tierbench.delivery import add_common_arguments, deliver, rate_row
 from tierbench.device_hits import HEADS, hashing, hits
 from tierbench.gpu.device import device_of
+from tierbench.options import byte_size, count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, windows=10, window_s=0.5)
     add = parser.add_argument
     add("--device", default="cuda", help="of torch: cuda, cuda:1, cpu (default: %(default)s)")
-    add("--arena-bytes", type=size_argument, default=8 << 30, metavar="BYTES", help="default: 8GiB")
-    add("--rows", type=int, default=1_000_000, metavar="N", help="of a batch (default: %(default)s)")
-    add("--tokens", type=int, default=1 << 20, metavar="N", help="hashed at once (default: %(default)s)")
+    add("--arena-bytes", type=byte_size, default=8 << 30, metavar="BYTES", help="default: 8GiB")
+    add("--rows", type=count, default=1_000_000, metavar="N", help="of a batch (default: %(default)s)")
+    add("--tokens", type=count, default=1 << 20, metavar="N", help="hashed at once (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

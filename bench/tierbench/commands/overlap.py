@@ -20,7 +20,8 @@ import torch
 
 from engram_client import StepPrefetcher
 from engram_client.errors import BadRequest
-from tierbench.delivery import add_common_arguments, count_list, deliver, size_argument
+from tierbench.delivery import add_common_arguments, deliver
+from tierbench.options import byte_size, count, count_list, fraction
 from tierbench.overlap.figures import (
     AGAIN,
     IN_THE_LAYER,
@@ -69,17 +70,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, windows=5, window_s=None)
     add = parser.add_argument
     add("--transport", choices=("unix", "tcp", "local"), default="unix", help="default: %(default)s")
-    add("--rows-per-head", type=int, default=250_000, metavar="N", help="of both tables")
-    add("--dram-share", type=float, default=0.1, help="of the tables in DRAM (default: %(default)s)")
-    add("--hit-dram-bytes", type=size_argument, default=2 << 30, metavar="BYTES",
+    add("--rows-per-head", type=count, default=250_000, metavar="N", help="of both tables")
+    add("--dram-share", type=fraction, default=0.1, help="of the tables in DRAM (default: %(default)s)")
+    add("--hit-dram-bytes", type=byte_size, default=2 << 30, metavar="BYTES",
         help="of DRAM where everything shall hit (default: 2GiB)")  # fmt: skip
     add("--hidden", type=count_list, default=(256, 512, 768), metavar="N[,N]", help="sizes of the model")
     add("--batches", type=count_list, default=(1, 16, 64), metavar="N[,N]", help="sequences decoded at once")
     add("--chunks", type=count_list, default=(256,), metavar="N[,N]", help="tokens of a prefilled chunk")
-    add("--steps", type=int, default=12, metavar="N", help="decoded in a window; half as many chunks")
+    add("--steps", type=count, default=12, metavar="N", help="decoded in a window; half as many chunks")
     add("--threads", type=count_list, default=(1, 2), metavar="N[,N]", help="of the model (default: 1,2)")
-    add("--tokens", type=int, default=1_000_000, metavar="N", help="of text")
-    add("--warm-tokens", type=int, default=50_000, metavar="N", help="read by the services beforehand")
+    add("--tokens", type=count, default=1_000_000, metavar="N", help="of text")
+    add("--warm-tokens", type=count, default=50_000, metavar="N", help="read by the services beforehand")
 
 
 def run(args: argparse.Namespace) -> int:

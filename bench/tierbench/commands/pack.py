@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tierbench.delivery import add_common_arguments, deliver, rate_row, size_argument
+from tierbench.delivery import add_common_arguments, deliver, rate_row
+from tierbench.options import byte_size
 from tierbench.pack import measure_pack
 
 
@@ -13,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, windows=10, window_s=None)
     parser.add_argument(
         "--source-bytes",
-        type=size_argument,
+        type=byte_size,
         default=1 << 30,
         metavar="BYTES",
         help="of the checkpoint that is packed and copied (default: 1GiB)",

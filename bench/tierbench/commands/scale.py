@@ -23,8 +23,9 @@ import numpy as np
 from engram_client.errors import BadRequest
 from tierbench.alternate import alternate
 from tierbench.consumed import consumed_table
-from tierbench.delivery import add_common_arguments, deliver, size_argument
+from tierbench.delivery import add_common_arguments, deliver
 from tierbench.hits_beside import HotCalls
+from tierbench.options import byte_size, count, fraction
 from tierbench.record import compare, summarize
 from tierbench.sharded import ShardedTable
 from tierbench.timed_store import TimedStore, linked_store
@@ -46,14 +47,16 @@ class Cost:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, windows=15, window_s=0.5)
     add = parser.add_argument
-    add("--rows-per-head", type=int, default=4_760_000, metavar="N",
+    add("--rows-per-head", type=count, default=4_760_000, metavar="N",
         help="of the large table, which has 24 heads (default: %(default)s)")  # fmt: skip
-    add("--shards", type=int, default=16, metavar="N", help="files of its checkpoint (default: %(default)s)")
-    add("--small-rows-per-head", type=int, default=41_667, metavar="N",
+    add(
+        "--shards", type=count, default=16, metavar="N", help="files of its checkpoint (default: %(default)s)"
+    )
+    add("--small-rows-per-head", type=count, default=41_667, metavar="N",
         help="of the small table (default: %(default)s, 1 M rows)")  # fmt: skip
-    add("--dram-bytes", type=size_argument, default=1 << 30, metavar="BYTES", help="each (default: 1GiB)")
-    add("--fill", type=float, default=0.8, help="share of the slots that is taken (default: %(default)s)")
-    add("--batch-tokens", type=int, default=512, metavar="N", help="of one look-up (default: %(default)s)")
+    add("--dram-bytes", type=byte_size, default=1 << 30, metavar="BYTES", help="each (default: 1GiB)")
+    add("--fill", type=fraction, default=0.8, help="share of the slots that is taken (default: %(default)s)")
+    add("--batch-tokens", type=count, default=512, metavar="N", help="of one look-up (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

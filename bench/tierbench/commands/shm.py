@@ -25,9 +25,10 @@ from engram_client.errors import DataCorrupt
 from tierbench.alternate import alternate, rate_of_callers
 from tierbench.client_processes import ClientProcess, client_process, rates_together
 from tierbench.daemon import running_daemon
-from tierbench.delivery import add_common_arguments, deliver, latency_row, rate_row, size_argument
+from tierbench.delivery import add_common_arguments, deliver, latency_row, rate_row
 from tierbench.hits import LATENCY_CALLS, WarmTable
 from tierbench.one_sided import stress
+from tierbench.options import byte_size, count
 from tierbench.prepared import prepared_table
 from tierbench.record import compare, summarize
 
@@ -40,14 +41,14 @@ STRESS_TIMEOUT_S = 3600.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, windows=10, window_s=0.5)
     add = parser.add_argument
-    add("--rows-per-head", type=int, default=1_000_000, metavar="N", help="of the table")
-    add("--dram-bytes", type=size_argument, default=1 << 30, metavar="BYTES",
+    add("--rows-per-head", type=count, default=1_000_000, metavar="N", help="of the table")
+    add("--dram-bytes", type=byte_size, default=1 << 30, metavar="BYTES",
         help="the daemon's DRAM budget (default: 1GiB)")  # fmt: skip
-    add("--small-dram-bytes", type=size_argument, default=64 << 20, metavar="BYTES",
+    add("--small-dram-bytes", type=byte_size, default=64 << 20, metavar="BYTES",
         help="of the daemon that evicts and refills (default: 64MiB)")  # fmt: skip
-    add("--tokens", type=int, default=512, metavar="N", help="tokens in a batch (default: %(default)s)")
-    add("--clients", type=int, default=4, metavar="N", help="at once (default: %(default)s)")
-    add("--stress-reads", type=int, default=10_000_000, metavar="N", help="default: %(default)s")
+    add("--tokens", type=count, default=512, metavar="N", help="tokens in a batch (default: %(default)s)")
+    add("--clients", type=count, default=4, metavar="N", help="at once (default: %(default)s)")
+    add("--stress-reads", type=count, default=10_000_000, metavar="N", help="default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -26,8 +26,9 @@ from engram_client import Client, connect
 from engram_client.errors import Unavailable
 from tierbench.consumed import consumed_table
 from tierbench.daemon import Daemon, running_daemon
-from tierbench.delivery import add_delivery_arguments, deliver, size_argument
+from tierbench.delivery import add_delivery_arguments, deliver
 from tierbench.machine import describe_machine
+from tierbench.options import byte_size, count, not_negative, positive, whole
 from tierbench.prepared import PreparedTable
 from tierbench.process_memory import ProcessMemory, maps_library, proportional_bytes
 from tierbench.record import summarize
@@ -54,22 +55,24 @@ class Look:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_delivery_arguments(parser)
     add = parser.add_argument
-    add("--rows-per-head", type=int, default=4_760_000, metavar="N",
+    add("--rows-per-head", type=count, default=4_760_000, metavar="N",
         help="of the table, which has 24 heads (default: %(default)s, 28 GiB)")  # fmt: skip
-    add("--shards", type=int, default=16, metavar="N", help="files of the checkpoint (default: %(default)s)")
-    add("--dram-bytes", type=size_argument, default=1 << 30, metavar="BYTES", help="budget (default: 1GiB)")
-    add("--duration-s", type=float, default=600.0, metavar="S", help="of the calls (default: %(default)s)")
-    add("--callers", type=int, default=2, metavar="N", help="processes that call (default: %(default)s)")
-    add("--text-tokens", type=int, default=448, metavar="N", help="of one call (default: %(default)s)")
-    add("--tokens", type=int, metavar="N", help="of all text, which begins anew after them (default: all)")
-    add("--cold-tokens", type=int, default=64, metavar="N", help="random ones more (default: %(default)s)")
-    add("--check-period-s", type=float, default=2.0, metavar="S",
+    add(
+        "--shards", type=count, default=16, metavar="N", help="files of the checkpoint (default: %(default)s)"
+    )
+    add("--dram-bytes", type=byte_size, default=1 << 30, metavar="BYTES", help="budget (default: 1GiB)")
+    add("--duration-s", type=positive, default=600.0, metavar="S", help="of the calls (default: %(default)s)")
+    add("--callers", type=count, default=2, metavar="N", help="processes that call (default: %(default)s)")
+    add("--text-tokens", type=count, default=448, metavar="N", help="of one call (default: %(default)s)")
+    add("--tokens", type=count, metavar="N", help="of all text, which begins anew after them (default: all)")
+    add("--cold-tokens", type=whole, default=64, metavar="N", help="random ones more (default: %(default)s)")
+    add("--check-period-s", type=positive, default=2.0, metavar="S",
         help="between two calls of which a token's rows are checked (default: %(default)s)")  # fmt: skip
-    add("--look-period-s", type=float, default=1.0, metavar="S",
+    add("--look-period-s", type=positive, default=1.0, metavar="S",
         help="between two looks at the daemon's memory (default: %(default)s)")  # fmt: skip
-    add("--snapshot-period-s", type=float, default=120.0, metavar="S",
+    add("--snapshot-period-s", type=not_negative, default=120.0, metavar="S",
         help="the daemon's dram.snapshot_period_s (default: %(default)s)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the random keys (default: %(default)s)")
+    add("--seed", type=whole, default=0, help="of the random keys (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

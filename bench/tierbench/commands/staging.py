@@ -20,7 +20,8 @@ from engram_client.errors import DataCorrupt
 from tierbench.ahead.busy_caller import turns_for, work
 from tierbench.alternate import alternate
 from tierbench.daemon import running_daemon
-from tierbench.delivery import add_common_arguments, count_list, deliver, size_argument
+from tierbench.delivery import add_common_arguments, deliver
+from tierbench.options import byte_size, count, count_list, not_negative
 from tierbench.prepared import prepared_table
 from tierbench.record import compare, summarize
 
@@ -33,10 +34,10 @@ COLUMNS = ("tokens", "start", "there", "look-up", "there : look-up", "busy, ahea
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, windows=10, window_s=None)
     add = parser.add_argument
-    add("--rows-per-head", type=int, default=250_000, metavar="N", help="of the table")
-    add("--dram-bytes", type=size_argument, default=1 << 30, metavar="BYTES", help="default: 1GiB")
+    add("--rows-per-head", type=count, default=250_000, metavar="N", help="of the table")
+    add("--dram-bytes", type=byte_size, default=1 << 30, metavar="BYTES", help="default: 1GiB")
     add("--sizes", type=count_list, default=(1, 16, 64, 512), metavar="N[,N]", help="tokens of a step")
-    add("--busy-us", type=float, default=1000.0, metavar="US", help="between asking and using")
+    add("--busy-us", type=not_negative, default=1000.0, metavar="US", help="between asking and using")
 
 
 def run(args: argparse.Namespace) -> int:

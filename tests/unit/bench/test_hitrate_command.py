@@ -226,9 +226,12 @@ class TestWrongInput:
         self.refused(capsys, 2, "the daemon's own budget", trace, "--live", "unix:x", "--dram", "1MiB")
 
     def test_sizes_of_no_mix(self, trace: Path, base: list[object], capsys: Capture) -> None:
-        for wrong in (["--sessions", "0"], ["--step", "-1"], ["--prompt-share", "1.5"]):
-            self.refused(capsys, 2, "need sessions", trace, *base, "--dram", "1MiB", *wrong)
-        self.refused(capsys, 2, "--sample 0.0", trace, *base, "--dram", "1MiB", "--sample", "0")
+        for name, wrong in (("sessions", "0"), ("step", "-1"), ("prompt-share", "1.5"), ("sample", "0")):
+            with pytest.raises(SystemExit) as left:
+                hitrate(trace, *base, "--dram", "1MiB", f"--{name}={wrong}")
+            assert left.value.code == 2
+            assert f"--{name}: '{wrong}': expected" in capsys.readouterr().err
+        self.refused(capsys, 2, "--sample 1.5", trace, *base, "--dram", "1MiB", "--sample", "1.5")
 
     def test_no_table_there(self, tmp_path: Path, trace: Path, tokenizer: Path, capsys: Capture) -> None:
         options = ["--tokenizer", tokenizer, "--dram", "1MiB", "--table"]

@@ -1,7 +1,8 @@
 """Measure look-ups over gRPC, unix socket and loopback TCP, beside an empty gRPC service.
 
 A real daemon in a process of its own, everything warm in DRAM, one caller in a closed loop: the next
-call starts when the last one has ended. Other services stand beside it where their packages are installed.
+call starts when the last one has ended (`tierbench serve` has open loops and many callers). Other
+services stand beside it where their packages are installed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 from engram_client import connect
 from tierbench.alternate import alternate
 from tierbench.daemon import running_daemon
-from tierbench.delivery import add_common_arguments, deliver, latency_row, rate_row, size_argument
+from tierbench.delivery import add_common_arguments, deliver, latency_row, rate_row
+from tierbench.options import byte_size, count
 from tierbench.prepared import prepared_table
 from tierbench.record import compare, summarize
 from tierbench.remote_calls import CallSample, RemoteCalls, closed_loop
@@ -34,18 +36,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--rows-per-head",
-        type=int,
+        type=count,
         default=1_000_000,
         metavar="N",
         help="of the table (default: %(default)s)",
     )
-    add("--dram-bytes", type=size_argument, default=1 << 30, metavar="BYTES",
+    add("--dram-bytes", type=byte_size, default=1 << 30, metavar="BYTES",
         help="the daemon's DRAM budget (default: 1GiB)")  # fmt: skip
-    add("--batch-rows", type=int, default=4096, metavar="N",
+    add("--batch-rows", type=count, default=4096, metavar="N",
         help="rows of a large call, rounded to whole n-grams (default: %(default)s)")  # fmt: skip
-    add("--peer-rows-per-head", type=int, default=100_000, metavar="N",
+    add("--peer-rows-per-head", type=count, default=100_000, metavar="N",
         help="of the table that other services hold in memory (default: %(default)s)")  # fmt: skip
-    add("--different", type=int, default=64, metavar="N", help="different large calls (default: %(default)s)")
+    add(
+        "--different",
+        type=count,
+        default=64,
+        metavar="N",
+        help="different large calls (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             if transport == "tcp":
                 results["peers"] = _peers(args, batch)
         results["daemon_memory_bytes"] = daemon.memory_bytes()
-    return deliver("serve", args, results, _lines(results))
+    return deliver("remote", args, results, _lines(results))
 
 
 def _measure(args: argparse.Namespace, calls: RemoteCalls, empty: EmptyClient, label: str) -> dict[str, Any]:
