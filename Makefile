@@ -8,7 +8,8 @@
 #   make proto   the protobuf stub, after a change in proto/
 #   make clean   remove everything that these targets made
 #
-# PYTHON=python3.12 chooses the interpreter, PIP_ARGS=... is handed to pip, PYTEST_ARGS=... to pytest.
+# PYTHON=python3.12 chooses the interpreter, PIP_ARGS=... is handed to pip, PYTEST_ARGS=... to pytest;
+# WORKERS=0 runs the tests in one process.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -16,6 +17,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CHECKED := engram_client tierstore bench tests
@@ -48,7 +50,7 @@ lint: $(READY)
 	@echo "lint: clean" >&2
 
 test: lint
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 bench: $(READY)
 	@$(BIN)/tierbench record --out bench/results
