@@ -8,10 +8,10 @@ into 2^PRECISION_BITS cells of equal width:
             384 .. 511     4 ns each, from 512 on
             ...            up to VALUE_MAX_NS, more than an hour
 
-so a cell is never wider than 1/128 of what it counts, and 41 bits of range take 4,480 cells: the same for a
-thousand values and for a billion. Histograms of several processes are added cell by cell, which means of
-percentiles are not. A percentile is told as the upper edge of its cell, and never as more than the largest value
-there was: at most 0.8 % above the exact one, never below it. Count, mean, minimum and maximum are exact.
+so a cell is never wider than 1/128 of what it counts, and 42 bits of range take 4,608 cells: the same for
+a thousand values and for a billion. Histograms of several processes are added cell by cell, which
+percentiles cannot be. A percentile is told as the upper edge of its cell, never as more than the largest
+value there was: at most 0.8 % above the exact one and not below it. Count, mean and extremes are exact.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ RANGE_BITS = 42
 VALUE_MAX_NS = (1 << RANGE_BITS) - 1
 LINEAR = 1 << (PRECISION_BITS + 1)  # values with a cell of their own
 CELLS = (RANGE_BITS - PRECISION_BITS + 1) << PRECISION_BITS
-PERCENTILES = (1.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99)
+PERCENTILES = (10.0, 50.0, 90.0, 95.0, 99.0, 99.9, 99.99)
 
 
 class Histogram:
-    """`counts` by cell, int64 [CELLS]; `total_ns`, `min_ns` and `max_ns` are of the values, not of the cells."""
+    """`counts` by cell, int64 [CELLS]; `total_ns`, `min_ns`, `max_ns` are of values, not of cells."""
 
     def __init__(self) -> None:
         self.counts = np.zeros(CELLS, np.int64)

@@ -15,12 +15,14 @@ from pathlib import Path
 from tierbench.delivery import DATA_FOLDER
 from tierbench.record import RESULTS
 
-BENCHMARKS = ("lookup", "cold", "remote", "pack", "extent", "mixed", "live", "overlap", "ahead")
+BENCHMARKS = ("lookup", "cold", "remote", "serve", "pack", "extent", "mixed", "live", "overlap", "ahead")
 LARGE = ("soak", "scale")
 QUICK = {
     "lookup": "--arena-bytes 64MiB --tokens 64 --warm-tokens 256 --windows 3 --window-s 0.05",
     "cold": "--windows 3 --window-s 0.3 --sample-rows 500 --lmdb-rows 20000 --batch-rows 1024",
     "remote": "--windows 3 --window-s 0.2 --dram-bytes 64MiB --different 4",
+    "serve": "--clients 2 --window-s 0.1 --tokens 400 --factor 4 --halvings 0 --points-max 2 --keys zipf"
+    " --dram-bytes 64MiB",
     "extent": "--tokens-per-row 0.4",
     "overlap": "--windows 2 --hidden 64 --batches 2 --chunks 32 --steps 8 --tokens 30000 --warm-tokens 2000",
     "ahead": "--windows 2 --sizes 1,64 --steps 4x1,1x128 --tokens 30000 --dram-bytes 256MiB",

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         empty = stack.enter_context(running_empty_service())
         for transport in TRANSPORTS:
             client = stack.enter_context(connect(getattr(daemon, transport)))
-            plain = EmptyClient(empty[transport])
+            plain = EmptyClient(empty.targets[transport])
             stack.callback(plain.close)
             scheme = prepared.spec.scheme
             assert scheme is not None

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -50,9 +51,17 @@ async def _serve(socket_path: str) -> None:
     await server.wait_for_termination()
 
 
+@dataclass(frozen=True)
+class EmptyService:
+    """A running one; `targets` are gRPC's, by transport: "unix" and "tcp"."""
+
+    pid: int
+    targets: dict[str, str]
+
+
 @contextmanager
-def running_empty_service() -> Iterator[dict[str, str]]:
-    """gRPC targets by transport: "unix" and "tcp". Raises Unavailable where it does not start."""
+def running_empty_service() -> Iterator[EmptyService]:
+    """Raises Unavailable where it does not start."""
     with tempfile.TemporaryDirectory(prefix="tierbench-") as folder:
         path = f"{folder}/socket"
         command = [sys.executable, "-m", "tierbench.yardsticks.empty_service", path]
@@ -62,7 +71,7 @@ def running_empty_service() -> Iterator[dict[str, str]]:
             port = process.stdout.readline().strip()
             if not port:
                 raise Unavailable("the empty gRPC service did not start; see above")
-            yield {"unix": f"unix:{path}", "tcp": f"127.0.0.1:{port}"}
+            yield EmptyService(process.pid, {"unix": f"unix:{path}", "tcp": f"127.0.0.1:{port}"})
         finally:
             process.terminate()
             process.wait()
