@@ -1,45 +1,26 @@
-"""One DRAM budget under a whole trace: the product's arena, look-up by look-up, and what it reads."""
+"""One set of budgets under a whole trace: the product's tiers, look-up by look-up, and what they read."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from engram_client.arena.layout import ArenaGeometry
 from engram_client.errors import BadRequest
 from tierbench.hitrate.lookups import Lookups
 from tierbench.hitrate.model import Model
-from tierbench.policy.lookups import TALLIES, TENTHS, tally
+from tierbench.hitrate.tiers import Budgets
+from tierbench.policy.hbm import HbmReplay
+from tierbench.policy.lookups import PARTS, TALLIES, count_extent_pages, pass_on, tally
 from tierbench.policy.pages import FIELDS, count_pages, list_reads
-from tierbench.policy.product import FOUND, READ, REPEATED, Replay, room_for
-from tierstore.config.units import format_bytes
+from tierbench.policy.product import FOUND, HELD, KEPT, READ, REPEATED, Replay, room_for
 from tierstore.format.geometry import PAGE_BYTES
 
 PERCENTILES = (50, 90, 99, 99.9)
 NUMBERS_MAX = 2**32 - 1  # of look-ups, over all budgets
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A budget as it was asked for: in bytes, or as a share of the tables."""
-
-    size_bytes: int | None = None
-    share: float | None = None
-
-    def bytes_of(self, model: Model) -> int:
-        """Raises BadRequest where it is more than nothing but less than the cache's smallest."""
-        found = self.size_bytes if self.size_bytes is not None else int((self.share or 0) * model.table_bytes)
-        if found:
-            smallest = ArenaGeometry(1, model.record_bytes).total_bytes
-            if found < smallest:
-                raise BadRequest(
-                    f"--dram {format_bytes(found)}: a cache of records of {model.record_bytes} bytes "
-                    f"takes at least {smallest} bytes; give more, or 0 for none"
-                )
-        return found
+TENTHS = 10
+TIERS = {"hbm": HELD, "dram": FOUND, "extent": KEPT}
 
 
 class Disk:
@@ -65,83 +46,149 @@ class Disk:
 
 
 class BudgetRun:
-    """The product with one budget. `number` tells it from the other budgets of the same disk."""
+    """The product with one set of budgets. `number` tells it from the others of the same disk."""
 
-    def __init__(self, model: Model, budget_bytes: int, tokens: int, disk: Disk, number: int) -> None:
-        self.budget_bytes = budget_bytes
-        self.capacity_records = model.capacity_records(budget_bytes)
+    def __init__(self, model: Model, budgets: Budgets, tokens: int, disk: Disk, number: int) -> None:
+        self.budgets = budgets
         self._model, self._disk, self._number = model, disk, number
         accesses = tokens * model.entries_per_token
-        self._replay = Replay(room_for(self.capacity_records, accesses)) if budget_bytes else None
+        self.capacity_records = budgets.capacity_records(model)
+        sets, width = budgets.hbm_sets(model), 1 if model.by_rows else model.orders
+        self._hbm = HbmReplay(sets, width, accesses) if sets else None
+        extent = budgets.extent_geometry(model)
+        dram = room_for(budgets.dram_records(model), accesses)
+        self._replay = Replay(dram, extent) if dram or extent else None
         self._kinds = np.zeros((model.entries_per_token, TALLIES), np.int64)
-        self._tenths = np.zeros((TENTHS, TALLIES), np.int64)
-        self._missed = np.zeros(tokens, np.uint8)
+        self._parts = np.zeros((PARTS, TALLIES), np.int64)
+        self._missed = np.zeros(tokens, np.min_scalar_type(model.entries_per_token))
         self._pages = np.zeros(tokens, np.uint16)
         self._replay_s = self._all_s = 0.0
 
     def take(self, lookups: Lookups) -> None:
         """Replay consecutive look-ups."""
         before = time.perf_counter()
-        outcome = np.full(lookups.keys.size, READ, np.uint8)
-        if self._replay:
-            self._replay.look_up(lookups.keys, lookups.owners, lookups.ends, outcome)
+        outcome, pages, source = self._answered(lookups)
         self._replay_s += time.perf_counter() - before
-        layers, orders = len(self._model.tables), self._model.orders
-        where = (lookups.ends, lookups.first_tokens, layers, orders, lookups.first_token)
-        tally(outcome, *where, self._missed.size, self._kinds, self._tenths, self._missed)
+        layers, columns = len(self._model.tables), self._model.columns
+        where = (lookups.ends, lookups.first_tokens, layers, columns, lookups.first_token)
+        tally(outcome, *where, self._missed.size, self._kinds, self._parts, self._missed)
         self._count_pages(lookups, outcome, where)
+        if pages.size:
+            at = (lookups.ends, lookups.first_tokens, columns, lookups.first_token)
+            count_extent_pages(pages, source, *at, self._pages)
         self._all_s += time.perf_counter() - before
+
+    def _answered(self, lookups: Lookups) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What became of each entry uint8 [n], pages of the extent by request, and each entry's request."""
+        outcome = np.full(lookups.keys.size, READ, np.uint8)
+        asked = (lookups.keys, lookups.owners, lookups.ends)
+        source = np.arange(lookups.keys.size)
+        if self._hbm:
+            *asked, source = self._hbm.look_up(*asked, outcome)
+        if not self._hbm and self._replay:
+            return outcome, self._replay.look_up(*asked, outcome), source
+        answered = np.full(asked[0].size, READ, np.uint8)
+        pages = self._replay.look_up(*asked, answered) if self._replay else np.zeros(0, np.uint8)
+        if self._hbm:
+            pass_on(source, answered, outcome)
+        return outcome, pages, source
 
     def _count_pages(self, lookups: Lookups, outcome: np.ndarray, where: tuple[Any, ...]) -> None:
         model, disk = self._model, self._disk
         reads = np.empty((np.count_nonzero(outcome == READ), FIELDS), np.int64)
         list_reads(outcome, *where, self._number * disk.lookups_total + lookups.first_lookup, reads)
         rows, pages = count_pages(
-            lookups.keys, reads, model.orders, model.head_sizes, model.head_offsets, disk.firsts,
-            disk.rows_per_page, disk.pages_per_row, disk.read_last, disk.rows_seen, self._pages,
+            lookups.keys, reads, model.columns, *model.rows_of(), disk.firsts, disk.rows_per_page,
+            disk.pages_per_row, disk.read_last, disk.rows_seen, self._pages,
         )  # fmt: skip
         disk.distinct_rows += rows
         disk.distinct_pages += pages
 
     def told(self) -> dict[str, Any]:
-        """The figures; rates are shares of accesses, one for each token, layer and order."""
+        """The figures; rates are shares of accesses, one for each token, table and order (or row)."""
         model, counts = self._model, self._kinds.sum(axis=0)
         accesses = int(counts.sum())
-        by_layer = self._kinds.reshape(len(model.tables), model.orders, TALLIES)
         pages = _spread(self._pages)
+        orders, tables = self._by_order(), self._by_table()
+        tiers = {name: float(counts[code] / accesses) for name, code in TIERS.items()}
         return {
-            "dram_bytes": self.budget_bytes,
-            "share_of_tables": self.budget_bytes / model.table_bytes,
+            **self.budgets.told(model),
             "capacity_records": self.capacity_records,
             "hit_rate": _rate(counts),
-            "hit_rate_by_tier": {"dram": _rate(counts), "nvme": 1 - _rate(counts)},
-            "hit_rate_by_order": {str(o + 2): _rate(by_layer[:, o].sum(axis=0)) for o in range(model.orders)},
-            "hit_rate_by_table": {
-                table.name: _rate(by_layer[i].sum(axis=0)) for i, table in enumerate(model.tables)
+            "hit_rate_by_tier": tiers | {"nvme": 1 - sum(tiers.values())},
+            "hit_rate_by_order": {name: _rate(c) for name, c in orders.items()},
+            "hit_rate_by_table": {name: _rate(c) for name, c in tables.items()},
+            "hit_rate_by_tenth": [_rate(t) for t in self._parts.reshape(TENTHS, -1, TALLIES).sum(axis=1)],
+            "tiers": {
+                name: _tier(code, counts, orders, tables) for name, code in TIERS.items()
+                if name == "dram" or self.budgets.bytes_of(name)
             },
-            "hit_rate_by_tenth": [_rate(tenth) for tenth in self._tenths],
+            "warm_up": self._warm_up(),
             "records_read_per_access": float(counts[READ]) / accesses,
             "missed_and_brought_for_another": float(counts[REPEATED]) / accesses,
             "missed_records_per_token": _spread(self._missed),
             "page_reads_per_token": pages,
             "disk_bytes_per_token": pages["mean"] * PAGE_BYTES,
             "simulation": self._speed(accesses),
+        }  # fmt: skip
+
+    def _by_order(self) -> dict[str, np.ndarray]:
+        """Entries by outcome, int64 [TALLIES], for each n-gram length."""
+        model = self._model
+        kinds = self._kinds.reshape(len(model.tables), model.orders, -1, TALLIES).sum(axis=(0, 2))
+        return {str(order + 2): kinds[order] for order in range(model.orders)}
+
+    def _by_table(self) -> dict[str, np.ndarray]:
+        tables = self._model.tables
+        kinds = self._kinds.reshape(len(tables), -1, TALLIES).sum(axis=1)
+        return {table.name: kinds[i] for i, table in enumerate(tables)}
+
+    def _warm_up(self) -> dict[str, Any]:
+        """Rates of consecutive parts of the trace, each of the tokens since the one before."""
+        parts, tokens = self._parts, self._missed.size
+        chosen = np.flatnonzero(parts.sum(axis=1))  # a short trace has fewer parts
+        totals = parts[chosen].sum(axis=1)
+        rates = {name: (parts[chosen, code] / totals).tolist() for name, code in TIERS.items()}
+        ends = -(-(chosen + 1) * tokens // PARTS)
+        return {
+            "tokens_until": ends.tolist(),
+            "hit_rate": [_rate(part) for part in parts[chosen]],
+            "hit_rate_by_tier": rates,
         }
 
     def _speed(self, accesses: int) -> dict[str, float]:
         """What replaying took: the policy and the index alone, and with the pages that it reads."""
         per_s, with_pages_per_s = (accesses / max(1e-9, took) for took in (self._replay_s, self._all_s))
-        heads = self._model.heads
+        rows = self._model.rows_per_entry
         return {
             "records_per_s": per_s,
-            "rows_per_s": per_s * heads,
+            "rows_per_s": per_s * rows,
             "records_with_pages_per_s": with_pages_per_s,
-            "rows_with_pages_per_s": with_pages_per_s * heads,
+            "rows_with_pages_per_s": with_pages_per_s * rows,
         }
 
 
+def _tier(
+    code: int, counts: np.ndarray, orders: dict[str, np.ndarray], tables: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """What one tier answers, as shares of all accesses, and of those that reached it."""
+    before = {HELD: (), FOUND: (HELD,), KEPT: (HELD, FOUND)}[code]
+    reached = counts.sum() - sum(counts[other] for other in before)
+    return {
+        "hit_rate": _share(code, counts),
+        "hit_rate_of_what_reached_it": float(counts[code] / max(1, reached)),
+        "hit_rate_by_order": {name: _share(code, c) for name, c in orders.items()},
+        "hit_rate_by_table": {name: _share(code, c) for name, c in tables.items()},
+    }
+
+
+def _share(code: int, counts: np.ndarray) -> float:
+    return float(counts[code] / max(1, counts.sum()))
+
+
 def _rate(counts: np.ndarray) -> float:
-    return float(counts[FOUND] / max(1, counts.sum()))
+    """What memory answers."""
+    return float((counts[FOUND] + counts[HELD]) / max(1, counts.sum()))
 
 
 def _spread(counts: np.ndarray) -> dict[str, float]:

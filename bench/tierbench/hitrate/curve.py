@@ -12,6 +12,7 @@ from engram_client.errors import BadRequest
 from tierbench.hitrate.model import Model
 from tierbench.hitrate.sample import SampledTrace
 from tierbench.policy.bounds import belady
+from tierbench.policy.classical import sieve
 from tierstore.kernels.dueling import SETS_MIN
 
 POINTS = 24
@@ -37,9 +38,14 @@ def budgets_of_curve(model: Model, trace: SampledTrace) -> list[int]:
     return [round(b) for b in np.geomspace(smallest, largest, POINTS)]
 
 
-def miss_ratio_curve(model: Model, trace: SampledTrace, progress: Callable[[int], None]) -> dict[str, Any]:
-    """Hit rates by budget: the product, LRU and the clairvoyant bound. `progress` is told of points."""
-    points = []
+def miss_ratio_curve(
+    model: Model, trace: SampledTrace, rows: SampledTrace | None, progress: Callable[[int], None]
+) -> dict[str, Any]:
+    """Hit rates by budget of DRAM: the product, LRU, SIEVE and the clairvoyant bound; single rows, if given.
+
+    `progress` is told of points.
+    """
+    points: list[dict[str, Any]] = []
     for budget_bytes in budgets_of_curve(model, trace):
         capacity = model.capacity_records(budget_bytes)
         points.append(
@@ -48,8 +54,17 @@ def miss_ratio_curve(model: Model, trace: SampledTrace, progress: Callable[[int]
                 "share_of_tables": budget_bytes / model.table_bytes,
                 "tierstore": trace.product(capacity).told(),
                 "lru": trace.lru(capacity).told(),
+                "sieve": trace.numbered(sieve, capacity).told(),
                 "clairvoyant": trace.numbered(belady, capacity).told(),
             }
         )
+        if rows:
+            points[-1]["single_rows"] = rows.product(model.capacity_records(budget_bytes, rows=True)).told()
         progress(1)
-    return {"sampling_rate": trace.rate, "sampled_records": trace.sampled_distinct, "points": points}
+    return {
+        "sampling_rate": trace.rate,
+        "single_rows_sampling_rate": rows.rate if rows else None,
+        "sampled_records": trace.sampled_distinct,
+        "error": "standard error of sampling alone, as a share of accesses",
+        "points": points,
+    }

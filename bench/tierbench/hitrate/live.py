@@ -72,21 +72,23 @@ def chosen_specs(client: Client, names: list[str]) -> list[TableSpec]:
 
 def tokens_max(model: Model) -> int:
     """Of one batch."""
-    return max(1, PART_BYTES // (model.orders * model.record_bytes))
+    return max(1, PART_BYTES // (model.columns * model.record_bytes))
 
 
 def replay_live(client: Client, model: Model, stream: TokenStream, progress: Callable[[int], None]) -> Live:
     """Look everything up. `progress` is told of tokens. Raises what look-ups raise."""
     tables = [client.table(table.name) for table in model.tables]
     before, accesses = client.stats(), 0
-    buffer = np.empty(tokens_max(model) * model.orders * model.record_bytes, np.uint8)
+    buffer = np.empty(tokens_max(model) * model.columns * model.record_bytes, np.uint8)
     for lookups in lookups_of(model, stream):
         start = 0
         for number, end in enumerate(lookups.ends.tolist()):
-            keys = lookups.keys[start:end].reshape(-1, model.orders)
+            keys = lookups.keys[start:end].reshape(-1, model.columns)
             rows = buffer[: keys.size * model.record_bytes]
             shape = (len(keys), model.orders * model.heads, model.row_bytes)
-            tables[number % len(tables)].lookup_ngrams_into(keys, rows.reshape(shape))
+            table = tables[number % len(tables)]
+            look_up = table.lookup_into if model.by_rows else table.lookup_ngrams_into
+            look_up(keys, rows.reshape(shape))
             start = end
         accesses += start
         progress(start // model.entries_per_token)

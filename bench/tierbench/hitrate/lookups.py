@@ -47,13 +47,13 @@ def lookups_of(model: Model, stream: TokenStream, stretch_tokens: int = STRETCH_
         keys, owners = np.empty(layer_keys.size, np.int64), np.empty(layer_keys.size, np.int64)
         lookup_ends = np.empty(ends.size * layers, np.int64)
         first_tokens = np.empty_like(lookup_ends)
-        weave(layer_keys, ends - first_token, model.first_owners, keys, owners, lookup_ends, first_tokens)
+        weave(layer_keys, ends - first_token, model.kind_owners, keys, owners, lookup_ends, first_tokens)
         yield Lookups(keys, owners, lookup_ends, first_tokens, first_token, first_batch * layers)
         first_batch, first_token = last_batch, int(ends[-1])
 
 
 def _layer_keys(model: Model, stream: TokenStream, first: int, last: int) -> np.ndarray:
-    """int64 [layers, tokens, orders]."""
+    """int64 [layers, tokens, columns]."""
     positions = stream.positions[first:last]
     starts = stream.document_starts
     begins = starts[np.searchsorted(starts, positions, "right") - 1]
@@ -61,5 +61,5 @@ def _layer_keys(model: Model, stream: TokenStream, first: int, last: int) -> np.
     window = positions[:, None] + np.arange(1 - size, 1)
     dead = window < begins[:, None]
     tokens = stream.ids[np.maximum(window, 0)]
-    layers = [table.scheme.layer_id for table in model.tables]
-    return np.stack([model.mapping.ngram_keys(tokens, layer, dead)[:, -1] for layer in layers])
+    keys = [model.mapping.ngram_keys(tokens, table.scheme.layer_id, dead)[:, -1] for table in model.tables]
+    return np.stack([model.entry_keys(table, k) for table, k in zip(model.tables, keys, strict=True)])

@@ -12,6 +12,7 @@ import numpy as np
 from engram_client import CompressedTokenizer, NgramHashMapping
 from engram_client.arena.layout import ORDER_BITS, ArenaGeometry
 from engram_client.errors import BadRequest, StorageError
+from engram_client.hashing import row_ids_from_keys
 from engram_client.spec import HashScheme, TableSpec
 from tierbench.checkpoint import installed_tokenizer
 from tierbench.models import PUBLISHED_ROWS, ROW_BYTES, Size, table_schemes
@@ -34,11 +35,16 @@ class ModelTable:
 
 @dataclass(frozen=True)
 class Model:
-    """Tables of one size of record and one vocabulary, in the order in which a batch asks them."""
+    """Tables of one size of record and one vocabulary, in the order in which a batch asks them.
+
+    Tables that are addressed by rows are asked for single rows: an entry is a row, and a token has one for
+    each head of each order. Otherwise an entry is a record, one an order.
+    """
 
     name: str
     tables: tuple[ModelTable, ...]
     mapping: NgramHashMapping
+    by_rows: bool = False
 
     @property
     def orders(self) -> int:
@@ -51,8 +57,17 @@ class Model:
 
     @property
     def heads(self) -> int:
-        """Rows in a record."""
+        """Rows of one order of one token."""
         return self.tables[0].scheme.heads
+
+    @property
+    def rows_per_entry(self) -> int:
+        return 1 if self.by_rows else self.heads
+
+    @property
+    def columns(self) -> int:
+        """Entries that one token asks of one table."""
+        return self.orders * self.heads // self.rows_per_entry
 
     @property
     def row_bytes(self) -> int:
@@ -60,22 +75,40 @@ class Model:
 
     @property
     def record_bytes(self) -> int:
-        return self.heads * self.row_bytes
+        """What is cached whole: a record, or a row."""
+        return self.rows_per_entry * self.row_bytes
 
     @property
     def entries_per_token(self) -> int:
-        """Records that one token asks for."""
-        return len(self.tables) * self.orders
+        """Records, or rows, that one token asks for."""
+        return len(self.tables) * self.columns
 
     @property
     def table_bytes(self) -> int:
         """Of all rows."""
         return sum(table.rows * table.row_bytes for table in self.tables)
 
+    @cached_property
+    def kind_owners(self) -> np.ndarray:
+        """int64 [layers, columns]: owners as a store of these tables alone numbers them; rows have no order."""
+        orders = np.zeros(self.columns, np.int64) if self.by_rows else np.arange(self.orders)
+        return (np.arange(1, len(self.tables) + 1)[:, None] << ORDER_BITS) + orders
+
     @property
     def first_owners(self) -> np.ndarray:
-        """int64 [layers]: the owner of order 0 of each table, as a store of these alone numbers them."""
-        return np.arange(1, len(self.tables) + 1) << ORDER_BITS
+        """int64 [layers]: the owner of order 0 of each table."""
+        return self.kind_owners[:, 0].copy()
+
+    def entry_keys(self, table: ModelTable, ngram_keys: np.ndarray) -> np.ndarray:
+        """What a table is asked for, int64 [tokens, columns], for n-gram keys int64 [tokens, orders]."""
+        return row_ids_from_keys(table.scheme, ngram_keys) if self.by_rows else ngram_keys
+
+    def rows_of(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [layers * columns, rows of an entry] twice: row = key mod the first + the second."""
+        if not self.by_rows:
+            return self.head_sizes, self.head_offsets
+        rows = np.repeat([table.rows for table in self.tables], self.columns)[:, None]
+        return rows.astype(np.int64), np.zeros(rows.shape, np.int64)
 
     @cached_property
     def head_sizes(self) -> np.ndarray:
@@ -97,7 +130,7 @@ class Model:
         return ArenaGeometry.within(budget_bytes, size).capacity_records if budget_bytes else 0
 
 
-def published_model(name: str, tokenizer: Path | None) -> Model:
+def published_model(name: str, tokenizer: Path | None, *, by_rows: bool = False) -> Model:
     """A model at its published size. Raises BadRequest where it needs a tokenizer and there is none."""
     size = Size(PUBLISHED_ROWS[name])
     folded = None
@@ -106,7 +139,7 @@ def published_model(name: str, tokenizer: Path | None) -> Model:
         size = Size(PUBLISHED_ROWS[name], compressed_vocab_size=folded.vocab_size)
     schemes = table_schemes(name, size)
     tables = [ModelTable(f"{name}.layer{s.layer_id}", s, ROW_BYTES[name], s.rows) for s in schemes]
-    return Model(name, tuple(tables), NgramHashMapping.from_schemes(schemes, folded))
+    return Model(name, tuple(tables), NgramHashMapping.from_schemes(schemes, folded), by_rows)
 
 
 def packed_model(paths: Sequence[Path], tokenizer: Path | None) -> Model:
@@ -120,21 +153,30 @@ def served_model(specs: Iterable[TableSpec], tokenizer: Path | None) -> Model:
     if not chosen:
         raise BadRequest("no table there; pack one, or choose another folder")
     for spec in chosen:
-        if spec.scheme is None or spec.addressing != "record":
+        if spec.scheme is None:
             raise BadRequest(
-                f"table {spec.name!r} is addressed by row ids; n-gram keys, which a token trace becomes, "
-                "need a table that was packed by records: choose tables with --table"
+                f"table {spec.name!r} states no hash, so nobody can tell which rows a token asks for; "
+                "choose other tables with --table"
             )
+    addressings = {spec.addressing for spec in chosen}
     tables = tuple(ModelTable(s.name, s.scheme, s.row_bytes, s.rows) for s in chosen if s.scheme)
     shapes = {(t.scheme.orders, t.scheme.heads, t.row_bytes) for t in tables}
-    if len(shapes) > 1:
+    if len(shapes) > 1 or len(addressings) > 1:
+        told = "; ".join(_shape_told(spec) for spec in chosen)
         raise BadRequest(
-            f"tables {', '.join(t.name for t in tables)} differ in orders, heads or row bytes; replay one "
-            "model at a time: choose its tables with --table"
+            f"tables differ in orders, heads, row bytes or addressing, so their records do: {told}. Replay "
+            "one model at a time: choose its tables with --table"
         )
     schemes = [table.scheme for table in tables]
     folded = CompressedTokenizer(_required(tokenizer)) if schemes[0].kind == "engram" else None
-    return Model(chosen[0].model or "tables", tables, NgramHashMapping.from_schemes(schemes, folded))
+    mapping = NgramHashMapping.from_schemes(schemes, folded)
+    return Model(chosen[0].model or "tables", tables, mapping, addressings == {"row"})
+
+
+def _shape_told(spec: TableSpec) -> str:
+    assert spec.scheme is not None
+    shape = f"{spec.scheme.orders} orders x {spec.scheme.heads} heads x {spec.row_bytes} bytes"
+    return f"{spec.name} {shape} by {spec.addressing}"
 
 
 def fold_tokenizer(given: Path | None) -> Path | None:

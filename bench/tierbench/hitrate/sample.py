@@ -111,14 +111,20 @@ class SampledTrace:
         """Of the whole trace."""
         return round(self.sampled_distinct / self.rate)
 
+    def _nothing_held(self) -> Estimate:
+        """No cache at all: exact for the hit rate, sampled for how many a look-up reads."""
+        return Estimate(0.0, 0.0, self._ids.size / max(1.0, self.rate * self.accesses))
+
     def scaled(self, capacity: int) -> int:
         """The capacity of a miniature cache, as far as the sample can use it."""
         return max(1, room_for(round(capacity * self.rate), self._keys.size))
 
     def product(self, capacity: int) -> Estimate:
         """The product's own arena, in miniature."""
+        if not capacity:
+            return self._nothing_held()
         outcome = np.full(self._keys.size, READ, np.uint8)
-        if capacity and self._keys.size:
+        if self._keys.size:
             ends = np.append(np.flatnonzero(np.diff(self._lookups)) + 1, self._keys.size)
             Replay(self.scaled(capacity)).look_up(self._keys, self._owners, ends, outcome)
         missed = outcome != FOUND
@@ -126,9 +132,10 @@ class SampledTrace:
 
     def numbered(self, simulate: Callable[..., Any], capacity: int) -> Estimate:
         """A policy of `tierbench.policy` that takes numbered records: what it misses, look-up by look-up."""
+        if not capacity:
+            return self._nothing_held()
         found = np.zeros(self._ids.size, np.uint8)
-        if capacity:
-            simulate(self._ids, self.sampled_distinct, self.scaled(capacity), found)
+        simulate(self._ids, self.sampled_distinct, self.scaled(capacity), found)
         return self._missed(found == 0)
 
     @cached_property
@@ -139,7 +146,7 @@ class SampledTrace:
 
     def lru(self, capacity: int) -> Estimate:
         """LRU, for any number of capacities from one pass over the sample."""
-        return self._missed(self._distances >= (self.scaled(capacity) if capacity else 0))
+        return self._missed(self._distances >= self.scaled(capacity)) if capacity else self._nothing_held()
 
     def _missed(self, missed: np.ndarray) -> Estimate:
         groups = self._groups[self._merged[missed]]
@@ -149,4 +156,5 @@ class SampledTrace:
         misses = np.bincount(groups, weights, GROUPS)
         expected = max(1.0, self.rate * self.accesses)
         variance = GROUPS * misses.var(ddof=1) * (1 - self.rate)
-        return Estimate(1 - float(misses.sum()) / expected, float(variance**0.5) / expected, reads / expected)
+        hit_rate = min(1.0, max(0.0, 1 - float(misses.sum()) / expected))
+        return Estimate(hit_rate, float(variance**0.5) / expected, reads / expected)

@@ -12,32 +12,40 @@ from tierbench.hitrate.curve import POINTS, miss_ratio_curve
 from tierbench.hitrate.lookups import Lookups, lookups_of
 from tierbench.hitrate.mix import TokenStream
 from tierbench.hitrate.model import Model
-from tierbench.hitrate.sample import RowSample, Sample
+from tierbench.hitrate.sample import Estimate, RowSample, Sample
+from tierbench.hitrate.tiers import Budgets
 from tierbench.policy.bounds import belady
 from tierbench.policy.classical import sieve
 
 SAMPLED_ACCESSES = 4_000_000  # what a sample holds, about, where no rate is given
-OTHERS = 4  # figures beside the product's, for each budget
+OTHERS = ("lru", "sieve", "clairvoyant", "single_rows")  # beside the product, for each budget
 
 
 class Study:
-    """Budgets in bytes; `sample_rate` None takes as many accesses as are quickly done."""
+    """Sets of budgets; `sample_rate` None takes as many accesses as are quickly done."""
 
     def __init__(
-        self, model: Model, stream: TokenStream, budgets: list[int], *, sample_rate: float | None, curve: bool
+        self,
+        model: Model,
+        stream: TokenStream,
+        budgets: list[Budgets],
+        *,
+        sample_rate: float | None,
+        curve: bool,
     ) -> None:
         self._model, self._stream, self._curve = model, stream, curve
         accesses = stream.tokens * model.entries_per_token
         lookups = stream.batch_ends.size * len(model.tables)
         rate = sample_rate or min(1.0, SAMPLED_ACCESSES / accesses)
         self._sample = Sample(rate)
-        self._rows = RowSample(min(rate, SAMPLED_ACCESSES / accesses / model.heads), model)
+        row_rate = min(rate, SAMPLED_ACCESSES / accesses / model.heads)
+        self._rows = None if model.by_rows else RowSample(row_rate, model)
         self._disk = Disk(model, lookups, len(budgets))
         self._runs = [
             BudgetRun(model, budget, stream.tokens, self._disk, number)
             for number, budget in enumerate(budgets)
         ]
-        self.figures_total = OTHERS * len(budgets) + (POINTS if curve else 0)
+        self.figures_total = len(OTHERS) * len(budgets) + (POINTS if curve else 0)
 
     def replay(self, progress: Callable[[int], None]) -> None:
         """Go through the trace. `progress` is told of tokens."""
@@ -47,24 +55,28 @@ class Study:
             self._sample.take(lookups)
             for run in self._runs:
                 run.take(lookups)
-            if self._runs:
+            if self._rows:
                 self._rows.take(lookups)
             progress(lookups.keys.size // self._model.entries_per_token)
 
     def _compile(self) -> None:
         """Replay no look-up at all, so that compiling the simulators does not count as replaying."""
-        none, budget = np.zeros(0, np.int64), max(run.budget_bytes for run in self._runs)
-        BudgetRun(self._model, budget, 1, self._disk, 0).take(Lookups(none, none, none, none, 0, 0))
+        none = np.zeros(0, np.int64)
+        for run in self._runs:
+            BudgetRun(self._model, run.budgets, 1, self._disk, 0).take(Lookups(none, none, none, none, 0, 0))
 
     def told(self, progress: Callable[[int], None]) -> dict[str, Any]:
         """The figures. `progress` is told of each that takes time."""
         found: dict[str, Any] = {
             "model": self._model_told(),
             "trace": self._trace_told(),
+            "notes": sorted({note for run in self._runs for note in run.budgets.notes(self._model)}),
             "budgets": [run.told() | {"beside": self._beside(run, progress)} for run in self._runs],
         }
         if self._curve:
-            found["curve"] = miss_ratio_curve(self._model, self._sample.trace, progress)
+            found["curve"] = miss_ratio_curve(
+                self._model, self._sample.trace, self._rows.trace if self._rows else None, progress
+            )
         return found
 
     def _model_told(self) -> dict[str, Any]:
@@ -75,7 +87,8 @@ class Study:
             "rows": sum(table.rows for table in model.tables),
             "bytes_of_rows": model.table_bytes,
             "record_bytes": model.record_bytes,
-            "rows_per_record": model.heads,
+            "addressing": "row" if model.by_rows else "record",
+            "rows_per_record": model.rows_per_entry,
             "records_per_token": model.entries_per_token,
         }
 
@@ -88,7 +101,7 @@ class Study:
             "tokens_looked_up": stream.tokens,
             "batches": int(stream.batch_ends.size),
             "accesses": accesses,
-            "row_accesses": accesses * self._model.heads,
+            "row_accesses": accesses * self._model.rows_per_entry,
             "sampling_rate": trace.rate,
             "distinct_records": trace.distinct,
             "compulsory_share": trace.distinct / accesses,
@@ -98,17 +111,22 @@ class Study:
         return found
 
     def _beside(self, run: BudgetRun, progress: Callable[[int], None]) -> dict[str, Any]:
-        """The same budget for others, by the same look-ups: an access hits if its record was there before."""
-        trace, rows = self._sample.trace, self._rows.trace
-        in_rows = self._model.capacity_records(run.budget_bytes, rows=True)
-        others: dict[str, Callable[[], Any]] = {
-            "lru": lambda: trace.lru(run.capacity_records),
-            "sieve": lambda: trace.numbered(sieve, run.capacity_records),
-            "clairvoyant": lambda: trace.numbered(belady, run.capacity_records),
-            "single_rows": lambda: rows.product(in_rows),
+        """The same memory for others, by the same look-ups: an access hits if its record was there before.
+
+        What two tiers have is one cache's here.
+        """
+        trace, model = self._sample.trace, self._model
+        capacity, memory = run.capacity_records, run.budgets.hbm_bytes + run.budgets.dram_bytes
+        others: dict[str, Callable[[], Estimate]] = {
+            "lru": lambda: trace.lru(capacity),
+            "sieve": lambda: trace.numbered(sieve, capacity),
+            "clairvoyant": lambda: trace.numbered(belady, capacity),
         }
-        found = {}
+        if self._rows:
+            rows = self._rows.trace
+            others["single_rows"] = lambda: rows.product(model.capacity_records(memory, rows=True))
+        found: dict[str, Any] = {}
         for name, judge in others.items():
             found[name] = judge().told()
             progress(1)
-        return found | {"single_rows_sampling_rate": rows.rate}
+        return found | ({"single_rows_sampling_rate": self._rows.rate} if self._rows else {})

@@ -21,7 +21,7 @@ ENTRY, LOOKUP, TOKEN, KIND, FIELDS = range(5)  # of a record that is read
 
 
 @simulator
-def list_reads(outcome, ends, first_tokens, layers, orders, first_token, lookups_before, reads):
+def list_reads(outcome, ends, first_tokens, layers, columns, first_token, lookups_before, reads):
     """The entries that were read; writes `reads` int64 [n, FIELDS] and returns how many there are.
 
     Look-ups go through the layers in turn and are numbered from `lookups_before` + 1; the first token of
@@ -33,8 +33,8 @@ def list_reads(outcome, ends, first_tokens, layers, orders, first_token, lookups
         for i in range(start, ends[lookup]):
             if outcome[i] == READ:
                 reads[count, ENTRY], reads[count, LOOKUP] = i, lookups_before + lookup + 1
-                reads[count, TOKEN] = first_token + first_tokens[lookup] + (i - start) // orders
-                reads[count, KIND] = layer * orders + (i - start) % orders
+                reads[count, TOKEN] = first_token + first_tokens[lookup] + (i - start) // columns
+                reads[count, KIND] = layer * columns + (i - start) % columns
                 count += 1
         start = ends[lookup]
     return count
@@ -42,11 +42,11 @@ def list_reads(outcome, ends, first_tokens, layers, orders, first_token, lookups
 
 @simulator
 def _ask_for_rows(
-    keys, read, orders, sizes, offsets, firsts, rows_per_page, read_last, rows_seen, rows, pages
+    keys, read, columns, sizes, offsets, firsts, rows_per_page, read_last, rows_seen, rows, pages
 ):
     """Derive the rows of one record and have what is known of them come closer."""
     kind = read[KIND]
-    layer = kind // orders
+    layer = kind // columns
     key = np.uint64(keys[read[ENTRY]])
     for head in range(sizes.shape[1]):
         row = np.int64(key % np.uint64(sizes[kind, head])) + offsets[kind, head]
@@ -58,7 +58,7 @@ def _ask_for_rows(
 
 @simulator
 def count_pages(
-    keys, reads, orders, sizes, offsets, firsts, rows_per_page, pages_per_row, read_last, rows_seen,
+    keys, reads, columns, sizes, offsets, firsts, rows_per_page, pages_per_row, read_last, rows_seen,
     pages_read,
 ):  # fmt: skip
     """Count the pages that look-ups read for their missing records, `reads` int64 [m, FIELDS].
@@ -66,7 +66,7 @@ def count_pages(
     `sizes`, `offsets` int64 [kinds, heads] of the hash; `firsts` int64 [layers, 2]: page and row that a
     layer begins with when all layers lie one after another. `read_last` uint32 [pages of all layers] and
     `rows_seen` uint8 [rows of all layers / 8], bits, are kept from call to call. Adds to `pages_read`
-    uint16 [tokens], for each token, the pages that its records are the first of their look-up to want.
+    uint32 [tokens], for each token, the pages that its records are the first of their look-up to want.
     Returns how many rows and pages were never read before.
     """
     rows, pages = np.empty((DEPTH, sizes.shape[1]), np.int64), np.empty((DEPTH, sizes.shape[1]), np.int64)
@@ -87,7 +87,7 @@ def count_pages(
                     pages_read[token] += pages_per_row
         if asked < reads.shape[0]:
             _ask_for_rows(
-                keys, reads[asked], orders, sizes, offsets, firsts, rows_per_page, read_last, rows_seen,
+                keys, reads[asked], columns, sizes, offsets, firsts, rows_per_page, read_last, rows_seen,
                 rows[place], pages[place],
             )  # fmt: skip
     return new_rows, new_pages

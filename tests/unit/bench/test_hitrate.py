@@ -14,6 +14,7 @@ from tierbench.hitrate.lookups import lookups_of
 from tierbench.hitrate.mix import PREFIX_BLOCK_TOKENS, Mix, TokenStream, token_stream
 from tierbench.hitrate.model import Model, ModelTable
 from tierbench.hitrate.sample import RowSample, Sample
+from tierbench.hitrate.tiers import Budgets
 from tierbench.models import ROW_BYTES, Size, table_schemes
 from tierbench.policy.bounds import belady
 from tierbench.policy.classical import lru, sieve
@@ -198,7 +199,7 @@ def rows_read(
 
 def replayed(model: Model, stream: TokenStream, *budgets: int) -> tuple[dict, Disk, list[dict]]:
     disk = Disk(model, stream.batch_ends.size * len(model.tables), len(budgets))
-    runs = [BudgetRun(model, b, stream.tokens, disk, i) for i, b in enumerate(budgets)]
+    runs = [BudgetRun(model, Budgets(dram_bytes=b), stream.tokens, disk, i) for i, b in enumerate(budgets)]
     for lookups in lookups_of(model, stream, 700):
         for run in runs:
             run.take(lookups)
@@ -282,7 +283,7 @@ def test_one_record_in_a_hundred_tells_the_curve_within_a_point() -> None:
     part = sampled(v41, stream, 0.01).trace
     assert part.sampled_distinct < whole.distinct / 50
     assert part.distinct == pytest.approx(whole.distinct, rel=0.05)
-    curve = miss_ratio_curve(v41, part, lambda count: None)
+    curve = miss_ratio_curve(v41, part, None, lambda count: None)
     assert len(curve["points"]) == POINTS
     for point in curve["points"][::5]:
         capacity = v41.capacity_records(point["dram_bytes"])
@@ -301,7 +302,7 @@ def test_one_record_in_a_hundred_tells_the_curve_within_a_point() -> None:
 
 def test_a_sample_too_small_for_a_curve_is_told(v41: Model) -> None:
     with pytest.raises(BadRequest, match="take a larger --sample"):
-        miss_ratio_curve(v41, sampled(v41, stream_of(2_000), 0.01).trace, lambda count: None)
+        miss_ratio_curve(v41, sampled(v41, stream_of(2_000), 0.01).trace, None, lambda count: None)
 
 
 def test_single_rows_are_those_of_the_records(v41: Model) -> None:
