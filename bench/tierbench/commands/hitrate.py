@@ -117,7 +117,7 @@ def _check(args: argparse.Namespace) -> None:
         raise BadRequest("say what to find out: --dram SIZE[,SIZE], --curve or --live TARGET")
     if args.live and (args.dram or args.hbm or args.extent or args.curve):
         raise BadRequest(
-            "--live takes the daemon's own budgets; ask for --dram, --hbm, --extent and --curve in another run"
+            "--live takes the daemon's own budgets; ask for --dram, --hbm, --extent or --curve in another run"
         )
     if (args.hbm or args.extent) and not args.dram:
         raise BadRequest("--hbm and --extent stand beside DRAM: say --dram, too; 0 is none")

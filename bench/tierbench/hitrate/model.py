@@ -90,7 +90,7 @@ class Model:
 
     @cached_property
     def kind_owners(self) -> np.ndarray:
-        """int64 [layers, columns]: owners as a store of these tables alone numbers them; rows have no order."""
+        """int64 [layers, columns]: owners as a store of these alone numbers them; rows have no order."""
         orders = np.zeros(self.columns, np.int64) if self.by_rows else np.arange(self.orders)
         return (np.arange(1, len(self.tables) + 1)[:, None] << ORDER_BITS) + orders
 

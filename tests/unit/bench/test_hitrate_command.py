@@ -223,7 +223,7 @@ class TestWrongInput:
         self.refused(capsys, 2, "--curve", trace, *base)
         self.refused(capsys, 2, "one of --model", trace, "--dram", "1MiB")
         self.refused(capsys, 2, "one of --model", trace, *base, "--table", "x", "--dram", "1MiB")
-        self.refused(capsys, 2, "the daemon's own budget", trace, "--live", "unix:x", "--dram", "1MiB")
+        self.refused(capsys, 2, "the daemon's own budgets", trace, "--live", "unix:x", "--dram", "1MiB")
 
     def test_sizes_of_no_mix(self, trace: Path, base: list[object], capsys: Capture) -> None:
         for name, wrong in (("sessions", "0"), ("step", "-1"), ("prompt-share", "1.5"), ("sample", "0")):
