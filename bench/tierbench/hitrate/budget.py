@@ -81,14 +81,14 @@ class BudgetRun:
     def _answered(self, lookups: Lookups) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What became of each entry uint8 [n], pages of the extent by request, and each entry's request."""
         outcome = np.full(lookups.keys.size, READ, np.uint8)
-        asked = (lookups.keys, lookups.owners, lookups.ends)
-        source = np.arange(lookups.keys.size)
+        keys, owners, ends = lookups.keys, lookups.owners, lookups.ends
+        source = np.arange(keys.size)
         if self._hbm:
-            *asked, source = self._hbm.look_up(*asked, outcome)
-        if not self._hbm and self._replay:
-            return outcome, self._replay.look_up(*asked, outcome), source
-        answered = np.full(asked[0].size, READ, np.uint8)
-        pages = self._replay.look_up(*asked, answered) if self._replay else np.zeros(0, np.uint8)
+            keys, owners, ends, source = self._hbm.look_up(keys, owners, ends, outcome)
+        answered = np.full(keys.size, READ, np.uint8) if self._hbm else outcome
+        pages = np.zeros(0, np.uint8)
+        if self._replay:
+            pages = self._replay.look_up(keys, owners, ends, answered)
         if self._hbm:
             pass_on(source, answered, outcome)
         return outcome, pages, source
