@@ -21,6 +21,8 @@ SERVICE_LAYERS = (
     "packing",
     "tiers",
     "store",
+    "updates",
+    "training",
     "shm",
     "rpc",
     "daemon",
@@ -65,7 +67,7 @@ WALLS: dict[str, tuple[str, ...]] = {
     "grpc": GRPC,
     "grpc_health": GRPC,
     "grpc_reflection": GRPC,
-    "lmdb": ("tierstore/catalog", "bench/"),
+    "lmdb": ("tierstore/catalog", "tierstore/updates/step_index", "bench/"),
     "rich": COMMAND_LINES,
     "matplotlib": COMMAND_LINES,
 }

@@ -4,7 +4,7 @@ from tierstore.config.arguments import add_config_arguments, config_from_argumen
 from tierstore.config.load import LoadedConfig, load_config
 from tierstore.config.memory_limit import MemoryLimit, memory_limit
 from tierstore.config.rules import check_config
-from tierstore.config.schema import Config, Dram, Extent, Limits, Log, Nvme, Prefetch, Serve, Shm
+from tierstore.config.schema import Config, Dram, Extent, Limits, Log, Nvme, Prefetch, Serve, Shm, Training
 
 __all__ = [
     "Config",
@@ -18,6 +18,7 @@ __all__ = [
     "Prefetch",
     "Serve",
     "Shm",
+    "Training",
     "add_config_arguments",
     "check_config",
     "config_from_arguments",

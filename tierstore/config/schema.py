@@ -157,6 +157,34 @@ class Shm(Section, frozen=True):
     ] = 4
 
 
+class Training(Section, frozen=True):
+    section: ClassVar[str] = "training"
+    queue_bytes: Annotated[
+        ByteSize, Meta(ge=MIB, description="memory for rows that wait to be written; more wait for room")
+    ] = 256 * MIB
+    segment_bytes: Annotated[
+        ByteSize, Meta(ge=8 * MIB, le=4 * GIB, description="size of a file of the update log")
+    ] = 64 * MIB
+    log_bytes_max: Annotated[
+        ByteSize, Meta(ge=16 * MIB, description="disk for the update log; beyond it updates wait for folding")
+    ] = 16 * GIB
+    fold_bytes: Annotated[
+        ByteSize, Meta(ge=MIB, description="size of the log from which on it is folded into pages")
+    ] = 4 * GIB
+    fold_batch_bytes: Annotated[
+        ByteSize, Meta(ge=64 * KIB, le=GIB, description="pages that a fold writes at a time, twice each")
+    ] = 32 * MIB
+    keep_steps: Annotated[
+        int, Meta(ge=1, le=10_000, description="committed steps that can be gone back to, the last included")
+    ] = 2
+    read_depth: Annotated[
+        int, Meta(ge=1, le=1024, description="reads of rows from log and pages in flight at once")
+    ] = 32
+    read_buffer_bytes: Annotated[
+        ByteSize, Meta(ge=64 * KIB, le=GIB, description="page buffer of one read of rows; four at most")
+    ] = 4 * MIB
+
+
 class Log(Section, frozen=True):
     section: ClassVar[str] = "log"
     level: Annotated[
@@ -174,11 +202,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     prefetch: Prefetch = msgspec.field(default_factory=Prefetch)
     serve: Serve = msgspec.field(default_factory=Serve)
     shm: Shm = msgspec.field(default_factory=Shm)
+    training: Training = msgspec.field(default_factory=Training)
     log: Log = msgspec.field(default_factory=Log)
 
 
 SECTIONS: dict[str, type[Section]] = {
-    cls.section: cls for cls in (Dram, Nvme, Extent, Limits, Prefetch, Serve, Shm, Log)
+    cls.section: cls for cls in (Dram, Nvme, Extent, Limits, Prefetch, Serve, Shm, Training, Log)
 }
 
 KEYS: dict[str, type[Section]] = {

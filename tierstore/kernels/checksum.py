@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from engram_client.arena.atomics import load_byte, load_int, load_word
 from engram_client.jit import inline_kernel, kernel
 
 U64 = np.uint64
@@ -79,6 +80,41 @@ def _hash_words(words, count, seed):
     for i in range(striped, count):
         hashed = _absorb(hashed, words[i])
     return _avalanche(hashed)
+
+
+@inline_kernel
+def hash_bytes(address, count, seed):
+    """XXH64 of `count` bytes at `address`, however many."""
+    at, end = address, address + count
+    hashed = seed + PRIME5
+    if count >= 32:
+        a, b, c, d = seed + PRIME1 + PRIME2, seed + PRIME2, seed, seed - PRIME1
+        while at + 32 <= end:
+            a = _lane(a, U64(load_word(at)))
+            b = _lane(b, U64(load_word(at + 8)))
+            c = _lane(c, U64(load_word(at + 16)))
+            d = _lane(d, U64(load_word(at + 24)))
+            at += 32
+        hashed = _rotate(a, 1) + _rotate(b, 7) + _rotate(c, 12) + _rotate(d, 18)
+        hashed = _merge(_merge(_merge(_merge(hashed, a), b), c), d)
+    hashed += U64(count)
+    while at + 8 <= end:
+        hashed = _absorb(hashed, U64(load_word(at)))
+        at += 8
+    if at + 4 <= end:
+        hashed = _rotate(hashed ^ (U64(load_int(at)) * PRIME1), 23) * PRIME2 + PRIME3
+        at += 4
+    while at < end:
+        hashed = _rotate(hashed ^ (U64(load_byte(at)) * PRIME5), 11) * PRIME1
+        at += 1
+    return _avalanche(hashed)
+
+
+@kernel
+def bytes_checksum(data, seed):
+    """XXH64 of uint8 [n], contiguous, with a seed."""
+    hashed = hash_bytes(np.int64(data.ctypes.data), data.size, U64(seed))
+    return hashed if data.size >= 0 else U64(0)  # the array is alive until here
 
 
 @kernel

@@ -1,0 +1,105 @@
+"""Everything that durable training state asks of a disk: the seam where tests put one that loses power.
+
+Methods raise OSError as the system does; callers say what that means. `sync` is fdatasync: data and size of
+one file. Names (created, renamed, unlinked) survive once their folder is synced, and not before.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from tierstore.devices.base import PageReader
+from tierstore.devices.opening import open_reader
+from tierstore.format.direct import sync_folder
+from tierstore.store.lock import acquire_lock
+from tierstore.updates.step_index import LmdbSteps, StepIndex
+
+WRITE_BYTES = 8 << 20  # of one system call, so that none holds a signal up for long
+
+
+class Disk:
+    """The disk of this machine."""
+
+    def open(self, path: Path, *, create: bool = False) -> int:
+        """A descriptor to read and write `path`."""
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o644)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def size(self, fd: int) -> int:
+        return os.fstat(fd).st_size
+
+    def write(self, fd: int, data: np.ndarray, offset: int) -> None:
+        """All of `data`, uint8, at byte `offset`."""
+        view, done = data.data, 0
+        while done < len(view):
+            done += os.pwrite(fd, view[done : done + WRITE_BYTES], offset + done)
+
+    def read(self, fd: int, into: np.ndarray, offset: int) -> int:
+        """Fill `into`, uint8, from byte `offset`; fewer bytes only at the file's end."""
+        view, done = into.data, 0
+        while done < len(view):
+            count = os.preadv(fd, [view[done:]], offset + done)
+            if count == 0:
+                break
+            done += count
+        return done
+
+    def sync(self, fd: int) -> None:
+        os.fdatasync(fd)
+
+    def reserve(self, fd: int, count: int) -> None:
+        """Have room for the first `count` bytes of a file set aside; they read as zeros."""
+        os.posix_fallocate(fd, 0, count)
+
+    def truncate(self, fd: int, count: int) -> None:
+        os.ftruncate(fd, count)
+
+    def rename(self, old: Path, new: Path) -> None:
+        os.rename(old, new)
+
+    def unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    def make_folder(self, path: Path) -> None:
+        """With those above it, each of which survives."""
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            sync_folder(folder.parent)
+
+    def sync_folder(self, path: Path) -> None:
+        sync_folder(path)
+
+    def names(self, folder: Path) -> list[str]:
+        return sorted(os.listdir(folder))
+
+    def exists(self, path: Path) -> bool:
+        return path.exists()
+
+    def free_bytes(self, folder: Path) -> int:
+        found = os.statvfs(folder)
+        return found.f_bavail * found.f_frsize
+
+    def lock(self, folder: Path) -> IO[str]:
+        """Own `folder` until the result is closed. Raises StoreLocked, which names the owner."""
+        return acquire_lock(
+            folder / "owner.lock",
+            f"training store {folder}",
+            "one process trains a store: send updates to that one, or stop it first",
+        )
+
+    def open_reader(self, depth: int) -> PageReader:
+        """Many page reads at a time of descriptors that `open` gave."""
+        return open_reader("auto", queue_depth=depth, threads=depth)
+
+    def open_steps(self, folder: Path) -> StepIndex:
+        return LmdbSteps(folder)
+
+
+REAL_DISK = Disk()

@@ -1,0 +1,103 @@
+"""DIR/training/tables.json: which store this is and which tables it trains. Written last at creation."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engram_client.errors import BadRequest, DataCorrupt, FormatError
+from tierstore.format.header import uuid_words
+from tierstore.updates.blocks import checksum_of
+from tierstore.updates.disk import Disk
+from tierstore.updates.spec import TrainedSpec
+from tierstore.updates.superblock import Superblock
+
+NAME, VERSION = "tables.json", 1
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The store's uuid and its tables, in the order that numbers them."""
+
+    uuid: bytes
+    tables: tuple[TrainedSpec, ...]
+
+    @property
+    def words(self) -> list[tuple[np.uint64, np.uint64]]:
+        """The uuid of each table as the kernels take it."""
+        return [uuid_words(bytes.fromhex(t.uuid)) for t in self.tables]
+
+
+def check_tables(tables: Sequence[TrainedSpec]) -> None:
+    """Raise BadRequest where a store cannot hold these together."""
+    if not tables:
+        raise BadRequest("a training store needs at least one table")
+    for attribute in ("name", "uuid"):
+        seen = [getattr(t, attribute) for t in tables]
+        if len(set(seen)) < len(seen):
+            raise BadRequest(f"two tables of a training store have the same {attribute}; got {seen}")
+
+
+def is_created(disk: Disk, folder: Path) -> bool:
+    return disk.exists(folder / NAME)
+
+
+def write_identity(disk: Disk, folder: Path, identity: Identity) -> None:
+    """Write it whole, under a name of its own, then rename: there is a store once this name is there."""
+    described = {"version": VERSION, "uuid": identity.uuid.hex(),
+                 "tables": [t.to_json() for t in identity.tables]}  # fmt: skip
+    text = json.dumps(described, sort_keys=True)
+    data = json.dumps({"store": described, "checksum": f"{checksum_of(text.encode()):016x}"}, sort_keys=True)
+    fd = disk.open(folder / f"{NAME}.new", create=True)
+    try:
+        disk.truncate(fd, 0)
+        disk.write(fd, np.frombuffer(data.encode(), np.uint8), 0)
+        disk.sync(fd)
+    finally:
+        disk.close(fd)
+    disk.rename(folder / f"{NAME}.new", folder / NAME)
+    disk.sync_folder(folder)
+
+
+def load_identity(disk: Disk, folder: Path) -> Identity:
+    """Raises FormatError where there is none, or one of a newer version, DataCorrupt where it is damaged."""
+    path = folder / NAME
+    if not disk.exists(path):
+        raise FormatError(f"{folder} holds no training store: it has no {NAME}; create one first")
+    fd = disk.open(path)
+    try:
+        raw = np.zeros(disk.size(fd), np.uint8)
+        disk.read(fd, raw, 0)
+    finally:
+        disk.close(fd)
+    try:
+        parsed = json.loads(raw.tobytes())
+        described, checksum = parsed["store"], parsed["checksum"]
+        text = json.dumps(described, sort_keys=True)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataCorrupt(f"{path} cannot be read: {error}; restore it from a copy") from error
+    if f"{checksum_of(text.encode()):016x}" != checksum:
+        raise DataCorrupt(f"{path} fails its checksum; restore it from a copy")
+    if described["version"] != VERSION:
+        raise FormatError(
+            f"{path} has version {described['version']}, this release reads version {VERSION}; install a "
+            "newer one"
+        )
+    return Identity(bytes.fromhex(described["uuid"]), tuple(map(TrainedSpec.from_json, described["tables"])))
+
+
+def create_store(disk: Disk, folder: Path, tables: Sequence[TrainedSpec]) -> Identity:
+    """Make an empty training store in `folder`. Raises BadRequest where there is one."""
+    check_tables(tables)
+    if is_created(disk, folder):
+        raise BadRequest(f"{folder} holds a training store already; open it, or choose another folder")
+    identity = Identity(os.urandom(16), tuple(tables))
+    disk.make_folder(folder / "log")
+    disk.make_folder(folder / "pages")
+    Superblock(disk, folder, identity.uuid).create()
+    return identity

@@ -1,0 +1,189 @@
+"""The files of the update log: DIR/training/log/NNNNNNNN.seg, one following the other.
+
+    page 0   offset size
+                  0    8  magic "TSUPDSEG"
+                  8    4  version: 1
+                 12    4  zero
+                 16   16  uuid of the store
+                 32    8  number of the segment, as in its name
+                 40    8  base: position of its first block
+               4088    8  XXH64 of the 4088 bytes before, seed 0
+    then     blocks (blocks.py): position p lies at byte 4096 + p - base
+
+Room for a segment is set aside when it is made, so a full disk shows there. A segment that an opening finds
+is never appended to again.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engram_client.errors import DataCorrupt
+from tierstore.updates.blocks import ALIGN, checksum_of
+from tierstore.updates.disk import Disk
+
+MAGIC, VERSION = b"TSUPDSEG", 1
+FIELDS = struct.Struct("<8sII16sqq")
+
+
+class SyncFailed(OSError):
+    """fdatasync failed: whatever the reason, what was written before may be gone."""
+
+
+@dataclass
+class Segment:
+    """One file, open. `users` read it; the one that was dropped is closed by the last of them."""
+
+    number: int
+    base: int
+    end: int  # position behind its last block
+    path: Path
+    fd: int
+    users: int = 0
+    dropped: bool = False
+
+    def offset(self, position: int) -> int:
+        """Byte of the file."""
+        return ALIGN + position - self.base
+
+
+class Segments:
+    """All live segments, ascending. `lock` guards the list; no file is read or written under it."""
+
+    def __init__(self, disk: Disk, folder: Path, uuid: bytes, segment_bytes: int, lock: threading.Condition):
+        self.folder = folder / "log"
+        self._disk, self._uuid, self._segment_bytes, self._lock = disk, uuid, segment_bytes, lock
+        self.all: list[Segment] = []
+        self._tail: Segment | None = None  # what is appended to
+
+    def open_all(self) -> None:
+        """Open what lies there; files without a whole first page were never part of the log."""
+        for name in self._disk.names(self.folder):
+            path = self.folder / name
+            fd = self._disk.open(path)
+            found = self._decode(fd, name)
+            if found:
+                self.all.append(Segment(*found, found[1], path, fd))
+            else:
+                self._disk.close(fd)
+        self.all.sort(key=lambda segment: segment.number)
+
+    def append(self, block: np.ndarray, position: int) -> Segment:
+        """Write a block behind all others; a new segment where it does not fit. Raises OSError."""
+        tail = self._tail
+        if tail is None or tail.offset(position) + block.size > self._segment_bytes:
+            self.sync()  # so that a commit has only the last one to sync
+            self._tail = None
+            tail = self._tail = self._make(position)
+        self._disk.write(tail.fd, block, tail.offset(position))
+        tail.end = position + block.size
+        return tail
+
+    def sync(self) -> None:
+        """Everything appended is on the disk once this returns."""
+        if self._tail:
+            try:
+                self._disk.sync(self._tail.fd)
+            except OSError as error:
+                raise SyncFailed(error.errno, error.strerror) from error
+
+    def pin(self, low: int, high: int) -> list[Segment]:
+        """Keep the segments that hold positions in [low, high); the lock is held. Give them to `unpin`."""
+        found = [s for s in self.all if s.base < high and s.end > low]
+        for segment in found:
+            segment.users += 1
+        return found
+
+    def unpin(self, segments: list[Segment]) -> None:
+        with self._lock:
+            for segment in segments:
+                segment.users -= 1
+                self._close_if_done(segment)
+
+    def drop_before(self, position: int) -> None:
+        """Remove segments that end at or before `position`."""
+        self._drop([s for s in self.all if s.end <= position and s is not self._tail])
+
+    def cut(self, position: int) -> None:
+        """Remove what lies at `position` or behind: a crash left it. Durable when this returns."""
+        for segment in self.all:
+            if segment.base < position < segment.base + self._disk.size(segment.fd):
+                self._disk.truncate(segment.fd, segment.offset(position))
+                self._disk.sync(segment.fd)
+            segment.end = min(segment.end, position)
+        self._drop([s for s in reversed(self.all) if s.base >= position])
+
+    def remove_strangers(self) -> None:
+        """Remove files that are no segments: one that was being made when the machine went down."""
+        known = {segment.path.name for segment in self.all}
+        for name in self._disk.names(self.folder):
+            if name not in known:
+                self._disk.unlink(self.folder / name)
+        self._disk.sync_folder(self.folder)
+
+    def damaged(self, segment: Segment, position: int, what: str) -> DataCorrupt:
+        """What to tell when the log does not hold what was committed."""
+        return DataCorrupt(
+            f"{segment.path}: {what} at byte {segment.offset(position)} (position {position} of the log), "
+            "which had been committed, is not what was written; nothing was changed: restore the training "
+            "folder from a copy, or start again from an exported snapshot"
+        )
+
+    def close(self) -> None:
+        for segment in self.all:
+            self._disk.close(segment.fd)
+        self.all = []
+
+    def _make(self, base: int) -> Segment:
+        number = self.all[-1].number + 1 if self.all else 0
+        path = self.folder / f"{number:08d}.seg"
+        fd = self._disk.open(path, create=True)
+        try:
+            self._disk.truncate(fd, 0)  # what an attempt before this may have left
+            self._disk.reserve(fd, self._segment_bytes)
+            fields = FIELDS.pack(MAGIC, VERSION, 0, self._uuid, number, base)
+            payload = fields.ljust(ALIGN - 8, b"\0")
+            page = payload + checksum_of(payload).to_bytes(8, "little")
+            self._disk.write(fd, np.frombuffer(page, np.uint8), 0)
+            self._disk.sync(fd)
+            self._disk.sync_folder(self.folder)
+        except BaseException:
+            self._disk.close(fd)
+            with suppress(OSError):
+                self._disk.unlink(path)
+            raise
+        segment = Segment(number, base, base, path, fd)
+        with self._lock:
+            self.all.append(segment)
+        return segment
+
+    def _decode(self, fd: int, name: str) -> tuple[int, int] | None:
+        page = np.zeros(ALIGN, np.uint8)
+        self._disk.read(fd, page, 0)
+        raw = page.tobytes()
+        magic, version, _, uuid, number, base = FIELDS.unpack_from(raw)
+        whole = checksum_of(raw[:-8]) == int.from_bytes(raw[-8:], "little")
+        is_ours = (magic, version, uuid) == (MAGIC, VERSION, self._uuid) and name == f"{number:08d}.seg"
+        return (number, base) if whole and is_ours else None
+
+    def _drop(self, segments: list[Segment]) -> None:
+        for segment in segments:
+            self._disk.unlink(segment.path)
+        if segments:
+            self._disk.sync_folder(self.folder)
+        with self._lock:
+            for segment in segments:
+                self.all.remove(segment)
+                segment.dropped = True
+                self._close_if_done(segment)
+
+    def _close_if_done(self, segment: Segment) -> None:
+        if segment.dropped and segment.users == 0 and segment.fd >= 0:
+            self._disk.close(segment.fd)
+            segment.fd = -1

@@ -1,0 +1,85 @@
+"""What a trained table is: its rows, what they are before they were ever written, and whose they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from engram_client.errors import BadRequest, FormatError
+from engram_client.spec import HashScheme, RowLayout, layout_from_json, scheme_from_json
+
+ROW_BYTES_MAX = 64 << 10
+ROWS_MAX = 2**40
+
+
+@dataclass(frozen=True)
+class Initial:
+    """Rows that were never written: `zeros`, or `normal` weights of `std` from a counter-based generator.
+
+    The generator's counter is (seed, table's uuid, row, element), so a row is the same whenever and by
+    whomever it is computed. The fields `weight` and, where there is one, `master` get the values; others
+    are zeros.
+    """
+
+    kind: Literal["zeros", "normal"] = "zeros"
+    std: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("zeros", "normal"):
+            raise BadRequest(f"initial rows are 'zeros' or 'normal', got {self.kind!r}")
+        if not (math.isfinite(self.std) and self.std >= 0):
+            raise BadRequest(f"std of initial rows must be finite and >= 0, got {self.std}")
+        if not 0 <= self.seed < 2**63:
+            raise BadRequest(f"seed of initial rows must lie in [0, 2^63), got {self.seed}")
+
+
+def _new_uuid() -> str:
+    return os.urandom(16).hex()
+
+
+@dataclass(frozen=True)
+class TrainedSpec:
+    """One table that is trained. Row-addressed: a key is a row id."""
+
+    name: str
+    rows: int
+    layout: RowLayout  # "weight", then "master" where it is kept, then the optimizer's fields
+    initial: Initial = Initial()
+    scheme: HashScheme | None = None
+    layer: int | None = None
+    model: str | None = None
+    optimizer: dict[str, Any] = field(default_factory=dict)  # opaque here
+    uuid: str = field(default_factory=_new_uuid)  # 32 hexadecimal digits
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", self.name):
+            raise BadRequest(f"table name {self.name!r}: use letters, digits, dots, dashes, underscores")
+        if not 1 <= self.rows <= ROWS_MAX:
+            raise BadRequest(f"table {self.name!r}: expected 1 to {ROWS_MAX} rows, got {self.rows}")
+        if self.row_bytes > ROW_BYTES_MAX:
+            raise BadRequest(
+                f"table {self.name!r}: a row with its optimizer state may take {ROW_BYTES_MAX} bytes, "
+                f"got {self.row_bytes}"
+            )
+
+    @property
+    def row_bytes(self) -> int:
+        return self.layout.row_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, obj: dict[str, Any]) -> TrainedSpec:
+        """Inverse of `to_json`. Raises FormatError."""
+        try:
+            scheme = scheme_from_json(obj["scheme"]) if obj["scheme"] else None
+            parts = {"layout": layout_from_json(obj["layout"]), "initial": Initial(**obj["initial"])}
+            return cls(**{**obj, **parts, "scheme": scheme})
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"a trained table's description cannot be read: {error}") from error
