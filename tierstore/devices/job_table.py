@@ -81,11 +81,11 @@ class JobTable:
     def give_back(self, place: int) -> None:
         self._free.put(place)
 
-    def close(self) -> None:
-        """Let the workers finish what was asked for and leave."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """Let the workers finish what was asked for and leave; one that hangs is waited for so long."""
         jobs.stop_workers(self.address)
         for thread in self._threads:
-            thread.join()
+            thread.join(timeout_s)
 
 
 class Job:
