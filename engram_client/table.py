@@ -16,7 +16,14 @@ from engram_client.ids import check_keys, check_row_ids
 from engram_client.prefetch import Handle, Prefetcher
 from engram_client.spec import HashScheme, TableSpec
 from engram_client.staging_memory import LandingInThread, Place
-from engram_client.transport.base import Filling, HitPath, LookupRequest, PendingRows, Transport
+from engram_client.transport.base import (
+    Filling,
+    FillsDevices,
+    HitPath,
+    LookupRequest,
+    PendingRows,
+    Transport,
+)
 from engram_client.transport.staging import LANDED
 
 if TYPE_CHECKING:
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
     from engram_client.arrays import Array
 
 DEFAULT_TIMEOUT_S = 30.0
+PAGE_PAYLOAD_BYTES = 4088  # of a row file: larger rows are not read in bulk
 INLINE_KEYS_MAX = 1 << 8  # a prefetch of so many copies hits in less time than a thread takes to wake up
 
 
@@ -210,6 +218,29 @@ class Table:
         For rows wanted later than the next step. False where the service dropped (part of) the hint.
         """
         return self._transport.prefetch(_kept(self._by_ngrams(ngram_keys, None)).request)
+
+    @property
+    def fills_devices(self) -> bool:
+        """Whether `fill_device` can be called: over "local:", for rows that fit a page."""
+        return isinstance(self._transport, FillsDevices) and self.spec.row_bytes <= PAGE_PAYLOAD_BYTES
+
+    def fill_device(
+        self,
+        entries: np.ndarray,
+        orders: np.ndarray,
+        out: Any,
+        *,
+        timeout: float | None = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        """Read whole records in bulk into a device's memory, past DRAM; only where `fills_devices`.
+
+        Record `entries[i]`, a key of order `orders[i]` or a row id, becomes `out[i]`: int64 [n] both, out a
+        contiguous uint8 torch tensor [n, record_bytes]. It pays for many records at once, of which nobody is
+        waiting for the first. Raises as `lookup_ngrams_into`; then the content of `out` is undefined.
+        """
+        if not isinstance(self._transport, FillsDevices) or not self.fills_devices:
+            raise BadRequest(f"table {self.spec.name!r} cannot be read in bulk here; look rows up")
+        self._transport.fill_device(self.spec, entries, orders, out, timeout)
 
     def dequantize(
         self, rows: Any, *, dtype: torch.dtype | None = None, index: np.ndarray | None = None

@@ -56,7 +56,13 @@ GRPC = ("tierstore/rpc/", "engram_client/transport/", "bench/")
 # 2026-11-22: replays of millions of accesses need compiled loops; the simulators are no part of the product.
 SIMULATORS = "bench/tierbench/policy/"
 # Kernels for devices; imported within the trial of their group (engram_client/gpu/probe.py), nowhere else.
-TRITON = ("engram_client/gpu/", "engram_client/hashing/device", "engram_client/hbm/", "bench/")
+TRITON = (
+    "engram_client/gpu/",
+    "engram_client/hashing/device",
+    "engram_client/hbm/",
+    "tierstore/tiers/hbm",
+    "bench/",
+)
 WALLS: dict[str, tuple[str, ...]] = {
     "numba": (*NUMBA, SIMULATORS),
     "llvmlite": NUMBA,

@@ -27,6 +27,7 @@ from engram_client.spec import TableSpec
 from engram_client.table import DEFAULT_TIMEOUT_S, Table
 
 _PINNED_AT_ONCE = 1 << 12  # lines of ids
+_BULK_BYTES = 1 << 28  # of records read at once, at most; the more, the closer together the pages they need
 
 
 def ids_per_line(spec: TableSpec) -> int:
@@ -123,10 +124,16 @@ class HbmTable:
         `stats()["hbm_pinned"]` tells how many are: a set of 16 that is full of pinned records takes no more.
         """
         lines = self._keys(ids) if self.spec.addressing == "record" else self._rows(ids)
-        for part in lines.reshape(-1, self._width).split(_PINNED_AT_ONCE):
+        line_bytes = self._width * self.spec.record_bytes
+        at_once = max(_PINNED_AT_ONCE, min(_BULK_BYTES, self._arena.budget_bytes // 4) // line_bytes)
+        for part in lines.reshape(-1, self._width).split(at_once):
             host = part.cpu().numpy()
             self._check(host)
-            self._admit(host, self._fetch(host, timeout), pinned=True)
+            if (records := self._in_bulk(host, timeout)) is not None:
+                self._admit(host, records, pinned=True)
+                continue
+            for few in np.split(host, range(_PINNED_AT_ONCE, len(host), _PINNED_AT_ONCE)):
+                self._admit(few, self._fetch(few, timeout), pinned=True)
 
     def dequantize(self, rows: Any, *, dtype: torch.dtype | None = None, index: Any = None) -> Tensor:
         """Rows uint8 [..., row_bytes] as a tensor [..., embedding_dim], where the rows are."""
@@ -173,6 +180,28 @@ class HbmTable:
         else:
             self._table.lookup_into(lines[:, 0], rows[:, 0].numpy(), timeout=timeout)
         return rows
+
+    def _in_bulk(self, lines: np.ndarray, timeout: float | None) -> Tensor | None:
+        """Records of lines of ids on the device, by one sorted sweep over the disk.
+
+        None where the table cannot, or where the device has no memory for so many at once.
+        """
+        if not self._table.fills_devices:
+            return None
+        entries = lines.reshape(-1)
+        there = np.flatnonzero(entries >= 0)
+        orders = there % self._width if self.spec.addressing == "record" else np.zeros_like(there)
+        try:
+            records = torch.empty(
+                (entries.size, self.spec.record_bytes), dtype=torch.uint8, device=self.device
+            )
+            found = records if there.size == entries.size else torch.empty_like(records[: there.size])
+        except torch.OutOfMemoryError:
+            return None
+        self._table.fill_device(entries[there], orders, found, timeout=timeout)
+        if found is not records:  # of a negative id nothing is admitted, whatever lies there
+            records.index_copy_(0, torch.from_numpy(there).to(self.device), found)
+        return records
 
     def _admit(self, lines: np.ndarray, rows: Tensor, *, pinned: bool) -> None:
         ids = torch.from_numpy(lines).to(self.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -127,3 +127,17 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Release connections; waiting calls raise Cancelled or Unavailable."""
+
+
+@runtime_checkable
+class FillsDevices(Protocol):
+    """What a transport may be able to do besides: records in bulk, from the disk to a device."""
+
+    def fill_device(
+        self, spec: TableSpec, entries: np.ndarray, orders: np.ndarray, out: Any, timeout_s: float | None
+    ) -> str:
+        """Record `entries[i]`, a key of order `orders[i]` or a row id, becomes `out[i]`.
+
+        int64 [n] both; out uint8 [n, record_bytes], a contiguous torch tensor. Nothing is cached on the way.
+        Returns the way that was taken, in a word; raises what `lookup` raises, and then `out` is undefined.
+        """

@@ -70,6 +70,13 @@ class LocalTransport:
     def prefetch(self, request: LookupRequest) -> bool:
         return bool(self._store.prefetch(request))
 
+    def fill_device(
+        self, spec: TableSpec, entries: np.ndarray, orders: np.ndarray, out: Any, timeout_s: float | None
+    ) -> str:
+        """See `FillsDevices`."""
+        way: str = self._store.bulk.read(spec.name, spec.generation, entries, orders, out, timeout_s)
+        return way
+
     def stats(self) -> dict[str, int]:
         return dict(self._store.stats())
 

@@ -4,12 +4,25 @@ from tierstore.config.arguments import add_config_arguments, config_from_argumen
 from tierstore.config.load import LoadedConfig, load_config
 from tierstore.config.memory_limit import MemoryLimit, memory_limit
 from tierstore.config.rules import check_config
-from tierstore.config.schema import Config, Dram, Extent, Limits, Log, Nvme, Prefetch, Serve, Shm, Training
+from tierstore.config.schema import (
+    Config,
+    Dram,
+    Extent,
+    Hbm,
+    Limits,
+    Log,
+    Nvme,
+    Prefetch,
+    Serve,
+    Shm,
+    Training,
+)
 
 __all__ = [
     "Config",
     "Dram",
     "Extent",
+    "Hbm",
     "Limits",
     "LoadedConfig",
     "Log",

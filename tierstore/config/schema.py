@@ -96,6 +96,36 @@ class Extent(Section, frozen=True):
     ] = 60.0
 
 
+class Hbm(Section, frozen=True):
+    section: ClassVar[str] = "hbm"
+    device: Annotated[str, Meta(description="of torch: cuda, cuda:1, or cpu for tests")] = "cuda"
+    staging_bytes: Annotated[
+        ByteSize,
+        Meta(ge=64 * KIB, description="pages on their way to a device, on it and once more in pinned memory"),
+    ] = 32 * MIB
+    fill_gap_pages: Annotated[
+        int, Meta(ge=0, description="unwanted pages that one read in bulk may span to join two wanted ones")
+    ] = 8
+    fill_run_pages_max: Annotated[
+        int, Meta(ge=1, le=4096, description="longest single read in bulk, in 4096-byte pages")
+    ] = 1024
+    gds: Annotated[
+        Literal["auto", "off"],
+        Meta(description="GPUDirect Storage for reads in bulk: off, or auto (where a probe finds it real)"),
+    ] = "auto"
+    gds_run_bytes: Annotated[
+        ByteSize, Meta(ge=4 * KIB, description="mean length of reads from which GPUDirect Storage is taken")
+    ] = MIB
+    gds_threads: Annotated[int, Meta(ge=1, le=256, description="threads that read by GPUDirect Storage")] = 8
+    gds_probe_timeout_s: Annotated[
+        Seconds,
+        Meta(ge=0.1, le=3600, description="time that the process that tries GPUDirect Storage may take"),
+    ] = 30.0
+    gds_timeout_s: Annotated[
+        Seconds, Meta(ge=0.1, le=3600, description="time for a read in bulk by it; then it is left for good")
+    ] = 60.0
+
+
 class Limits(Section, frozen=True):
     section: ClassVar[str] = "limits"
     request_ids_max: Annotated[int, Meta(ge=1, description="keys or row ids that one request may hold")] = (
@@ -198,6 +228,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     dram: Dram = msgspec.field(default_factory=Dram)
     nvme: Nvme = msgspec.field(default_factory=Nvme)
     extent: Extent = msgspec.field(default_factory=Extent)
+    hbm: Hbm = msgspec.field(default_factory=Hbm)
     limits: Limits = msgspec.field(default_factory=Limits)
     prefetch: Prefetch = msgspec.field(default_factory=Prefetch)
     serve: Serve = msgspec.field(default_factory=Serve)
@@ -207,7 +238,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 SECTIONS: dict[str, type[Section]] = {
-    cls.section: cls for cls in (Dram, Nvme, Extent, Limits, Prefetch, Serve, Shm, Training, Log)
+    cls.section: cls for cls in (Dram, Nvme, Extent, Hbm, Limits, Prefetch, Serve, Shm, Training, Log)
 }
 
 KEYS: dict[str, type[Section]] = {

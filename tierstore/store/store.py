@@ -32,6 +32,7 @@ from tierstore.devices.base import PageReader
 from tierstore.devices.opening import open_reader
 from tierstore.store import hit_path
 from tierstore.store.balance import Balance, known_weights
+from tierstore.store.bulk import BulkReads
 from tierstore.store.fill import Filler, read_scattered
 from tierstore.store.gate import Gate
 from tierstore.store.hints import HintQueue
@@ -94,6 +95,7 @@ class Store:
             gap_pages_max=config.nvme.coalesce_gap_pages,
             run_pages_max=config.nvme.run_pages_max,
         )
+        self.bulk = BulkReads(self._reader, config.hbm, self.counters, self._gate, self.table)
         self._extents = self._open_extents()
         self._filler = Filler(nvme, self._extents, self._staging, InFlight(), self.counters)
         try:
@@ -371,6 +373,7 @@ class Store:
         if self._gate.close():
             self._balance.close()
             self._warmth.close()
+            self.bulk.close()
             self._reader.close()
             self._extents.close()
             self._dram.close()

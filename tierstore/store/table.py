@@ -97,7 +97,7 @@ class ServedTable:
 
     def access(self, request: LookupRequest) -> Access:
         """Check all of the request but its ids. Raises BadRequest, GenerationMismatch."""
-        self._check_generation(request.generation)
+        self.check_generation(request.generation)
         if request.ids.dtype != np.int64 or not request.ids.flags.c_contiguous:
             raise BadRequest(f"ids must be C-contiguous int64, got {request.ids.dtype}")
         access = self._accesses.get((request.address, request.heads))
@@ -128,7 +128,8 @@ class ServedTable:
         else:
             check_row_ids(ids, self.spec.rows, self.spec.name)
 
-    def _check_generation(self, generation: str) -> None:
+    def check_generation(self, generation: str) -> None:
+        """Raises GenerationMismatch."""
         if generation != self.spec.generation:
             raise GenerationMismatch(
                 f"table {self.spec.name!r}: the request is for generation {generation}, served is "

@@ -173,7 +173,7 @@ class RowStream:
         number = int(self._at[PAGE])
         page = self._reading.plan.pages[number : number + 1]
         if self._read_again == number:
-            raise _corrupt(self._reading.table, int(page[0]))
+            raise corrupt_page(self._reading.table, int(page[0]))
         self._counters.add(nvme_checksum_failures=1)
         self._read_again = number
         self._read_singly(self._at[RUN], page)
@@ -191,7 +191,7 @@ class RowStream:
             read.wait(reading.deadline)
         except PageReadFailed as failure:
             self._counters.add(nvme_read_errors=1)
-            raise _read_error(reading.table, failure) from failure
+            raise unreadable_page(reading.table, failure) from failure
 
     def _count(self, page_counts: np.ndarray) -> None:
         self._counters.add(nvme_reads=page_counts.size, nvme_bytes=int(page_counts.sum()) * PAGE_BYTES)
@@ -202,7 +202,8 @@ def _rows_text(table: RowFile, page: int) -> str:
     return f"page {page} of {table.path} (table {table.spec.name!r}, rows {rows.start} to {rows.stop - 1})"
 
 
-def _read_error(table: RowFile, failure: PageReadFailed) -> StorageError:
+def unreadable_page(table: RowFile, failure: PageReadFailed) -> StorageError:
+    """The error for a page that could not be read."""
     reason = errno.errorcode.get(failure.errno, str(failure.errno))
     return StorageError(
         f"{_rows_text(table, failure.page)} could not be read: {reason}, {os.strerror(failure.errno)}; "
@@ -210,7 +211,8 @@ def _read_error(table: RowFile, failure: PageReadFailed) -> StorageError:
     )
 
 
-def _corrupt(table: RowFile, page: int) -> DataCorrupt:
+def corrupt_page(table: RowFile, page: int) -> DataCorrupt:
+    """The error for a page that failed its checksum twice."""
     return DataCorrupt(
         f"{_rows_text(table, page)} failed its checksum twice: what is on disk is not what was packed; "
         "other rows are still served; run `tierstore verify`, then pack the table again"
