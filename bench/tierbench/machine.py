@@ -9,7 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("numpy", "numba", "llvmlite", "torch", "grpcio", "protobuf", "lmdb", "tokenizers", "msgspec")
+PACKAGES = ("tierstore", "numpy", "numba", "llvmlite", "torch", "grpcio", "protobuf", "lmdb", "tokenizers",
+            "msgspec")  # fmt: skip
 PEERS = ("engramdb-python", "mooncake-transfer-engine-non-cuda")
 
 

@@ -1,14 +1,16 @@
 """Benchmark records: one JSON file a run, with all that is needed to judge and repeat it.
 
     {
-      "schema": 1, "name": "cold", "date_utc": "2026-01-31T12:00:00Z",
+      "schema": {"name": "tierbench.record", "version": 2},
+      "name": "cold", "date_utc": "2026-01-31T12:00:00Z",
       "commit": "...", "dirty": false,          of the source that ran; null outside a repository
       "machine": {...}, "packages": {...},
       "seed": 0, "parameters": {...},           what was run
       "results": {...}                          samples as `summarize` tells them, ratios as `compare` does
     }
 
-A figure without its yardstick, taken in the same run, says little: `compare` keeps the pairs.
+A figure without its yardstick, taken in the same run, says little: `compare` keeps the pairs. docs/RECORDS.md
+describes records for those who read them; `records` does.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import numpy as np
 from engram_client.errors import BadRequest, StorageError
 from tierbench.machine import describe_machine, package_versions
 
-SCHEMA = 1
+SCHEMA_NAME, SCHEMA_VERSION = "tierbench.record", 2
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 RESULTS = SOURCE_ROOT / "bench" / "results"
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
@@ -84,7 +86,7 @@ def write_record(
         raise BadRequest(f"record name {name!r}: use lower-case letters, digits, dots and dashes")
     now = datetime.now(UTC)
     record = {
-        "schema": SCHEMA,
+        "schema": {"name": SCHEMA_NAME, "version": SCHEMA_VERSION},
         "name": name,
         "date_utc": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
         **source_state(),

@@ -20,7 +20,7 @@ def test_a_record_holds_what_is_needed_to_judge_it(tmp_path: Path) -> None:
         "cold-rows", payload, tmp_path / "r", seed=3, parameters={"depth": 8}, data_path=tmp_path
     )
     record = json.loads(path.read_text())
-    assert record["schema"] == 1
+    assert record["schema"] == {"name": "tierbench.record", "version": 2}
     assert record["name"] == "cold-rows"
     assert record["results"] == {"rows": 5, "samples": [1.5, 2.5], "file": "t.bin"}
     assert (record["seed"], record["parameters"]) == (3, {"depth": 8})
