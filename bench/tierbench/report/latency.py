@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from engram_client.errors import FormatError
 from tierbench.records import Node, Record
@@ -18,15 +18,15 @@ WAYS = (  # label, benchmark, place of a summary in microseconds
     ("in process", "lookup", ("records", "token", "ours")),
     ("another process, shared memory", "shm", ("token", "shm")),
     ("another process while the daemon writes", "shm", ("token_beside_evictions",)),
-    ("gRPC, unix socket", "serve", ("unix", "token", "taken_us", "ours")),
-    ("gRPC, TCP", "serve", ("tcp", "token", "taken_us", "ours")),
+    ("gRPC, unix socket", "remote", ("unix", "token", "taken_us", "ours")),
+    ("gRPC, TCP", "remote", ("tcp", "token", "taken_us", "ours")),
 )
 IN_WORDS = (
     ("in process", "in process"),
     ("another process, shared memory", "from another process of the machine"),
     ("gRPC, TCP", "over TCP"),
 )
-CURVES_MAX = 6
+WAYS_MAX = 6
 
 
 def latency_section(records: Sequence[Record]) -> Section:
@@ -96,51 +96,43 @@ def percentiles(summary: Node) -> list[tuple[float, float]]:
     return [(q, v) for name, q in PERCENTILES if (v := summary.number(name)) is not None and v > 0]
 
 
-def curves_in(node: Node, label: str = "", depth: int = 0) -> Iterator[tuple[str, Node]]:
-    """Every sweep over offered rates in a record, wherever it stands."""
-    if depth > 5 or not isinstance(node.value, dict):
-        return
-    points = node.value.get("points")
-    if isinstance(points, list) and points and isinstance(points[0], dict) and "offered_per_s" in points[0]:
-        yield label.replace("_", " ").strip(", "), node
-        return
-    for name, member in node.members():
-        yield from curves_in(member, f"{label}, {name}" if label else name, depth + 1)
-
-
 def _under_load(records: Sequence[Record]) -> list[Figure]:
-    record = next((r for r in reversed(records) if r.name == "serve" and any(curves_in(r.node))), None)
+    record = latest(records, "serve", "ways")
     if record is None:
         return []
-    curves = list(curves_in(record.node))[:CURVES_MAX]
-    figures = [_at_rest(record, curves)]
-    for number, (label, node) in enumerate(curves):
-        figures.append(_load_curve(record, number, label, node))
-    return [figure for figure in figures if figure]
-
-
-def _kept(node: Node) -> list[Node]:
-    return [
-        p for p in node.items("points") if p.text("verdict") in (None, "kept") and p.number("offered_per_s")
+    ways = [
+        (way, ours, node.at("empty"))
+        for way, node in record.node.members("ways")
+        if (ours := node.at("ours"))
     ]
+    figures = [_load_curve(record, number, *way) for number, way in enumerate(ways[:WAYS_MAX])]
+    return [figure for figure in (_at_seven_tenths(record, ways[:WAYS_MAX]), *figures) if figure]
 
 
-def _at_rest(record: Record, curves: Sequence[tuple[str, Node]]) -> Figure | None:
+def _kept(curve: Node) -> list[tuple[float, Node]]:
+    """Rates that were kept, calls/s, and the latencies at each."""
+    found = []
+    for point in curve.items("points"):
+        rate, latency = point.number("offered_per_s"), point.at("latency_us")
+        if rate is not None and rate > 0 and latency is not None and point.text("verdict") == "kept":
+            found.append((rate, latency))
+    return found
+
+
+def _at_seven_tenths(record: Record, ways: Sequence[tuple[str, Node, Node | None]]) -> Figure | None:
     """Latency by percentile of each way, at the highest rate up to seven tenths of its saturation."""
     series: list[Series] = []
     rows = []
-    for label, node in curves:
-        kept = _kept(node)
-        most = max((p.number("offered_per_s") or 0.0 for p in kept), default=0.0)
-        below = [p for p in kept if (p.number("offered_per_s") or 0.0) <= 0.7 * most] or kept[:1]
-        summary = below[-1].at("latency_us") if below else None
-        points = percentiles(summary) if summary else []
-        if summary is None or len(points) < 2:
+    for way, ours, _ in ways:
+        kept = _kept(ours)
+        most = max((rate for rate, _ in kept), default=0.0)
+        below = [found for found in kept if found[0] <= 0.7 * most] or kept[:1]
+        points = percentiles(below[-1][1]) if below else []
+        if len(points) < 2:
             continue
-        rate = below[-1].number("offered_per_s") or 0.0
-        name = f"{label}, {count(rate)} calls/s"
+        name = f"{way}, {count(below[-1][0])} calls/s"
         series.append(Series(name, [q for q, _ in points], [v for _, v in points], len(series), markers=True))
-        rows.append([name, *_told(summary)])
+        rows.append([name, *_told(below[-1][1])])
     if not series:
         return None
     note = "Open loop: calls are due at a constant rate, latency counts from then. Up to 0.7 of saturation."
@@ -148,34 +140,35 @@ def _at_rest(record: Record, curves: Sequence[tuple[str, Node]]) -> Figure | Non
     return Figure(chart, [record], note, "", ["way and load", *TOLD], rows)
 
 
-def _load_curve(record: Record, number: int, label: str, node: Node) -> Figure | None:
-    kept = _kept(node)
-    rates = [p.number("offered_per_s") or 0.0 for p in kept]
-    series = []
-    for style, name in enumerate(LOAD_PERCENTILES):
-        pairs = [
-            (r, v) for r, p in zip(rates, kept, strict=True)
-            if (s := p.at("latency_us")) is not None and (v := s.number(name)) is not None and v > 0
-        ]  # fmt: skip
-        if len(pairs) > 1:
-            series.append(Series(name, [r for r, _ in pairs], [v for _, v in pairs], style, markers=True))
-    if not series:
+def _load_curve(record: Record, number: int, way: str, ours: Node, empty: Node | None) -> Figure | None:
+    kept = _kept(ours)
+    series = [_series(name, kept, name, style) for style, name in enumerate(LOAD_PERCENTILES)]
+    if empty is not None:
+        series.append(_series("an empty service, p99", _kept(empty), "p99", len(LOAD_PERCENTILES)))
+    drawn = [s for s in series if s]
+    if not drawn or not kept:
         return None
-    saturation = node.number("saturation_per_s")
-    found = node.value.get("saturation_found") is True
-    words = "saturation" if found else "highest rate tried"
+    rates = [x for s in drawn for x in s.xs]
+    saturation = ours.number("saturation_per_s")
+    found = ours.value.get("saturation_found") is True
+    words = "saturation" if found else "at least"
     chart = Chart(
         f"load-curve-{number}",
-        f"Throughput against latency: {label or 'serve'}",
+        f"Throughput against latency, {way}",
         f"Percentiles of latency over the rate of calls, up to {count(max(rates))} calls a second.",
-        log_axis("calls a second, all callers", [*rates, saturation or rates[-1]], count),
-        log_axis(
-            "latency from when the call was due", [y for s in series for y in s.ys], time_us, whole=True
-        ),
-        series,
-        [Mark(f"{words}: {count(saturation)}/s", x=saturation)] if saturation else [],
+        log_axis("calls a second, all callers", rates, count),
+        log_axis("latency from when the call was due", [y for s in drawn for y in s.ys], time_us, whole=True),
+        drawn,
+        [Mark(f"{words} {count(saturation)}/s", x=saturation)] if saturation else [],
     )
-    rows = [[count(r), *_told(s)] for r, p in zip(rates, kept, strict=True) if (s := p.at("latency_us"))]
-    limit = node.text("limit")
+    limit = ours.text("limit")
     quoted = f"What ends it: {limit}." if limit else ""
+    rows = [[count(rate), *_told(latency)] for rate, latency in kept]
     return Figure(chart, [record], "", quoted, ["calls a second", *TOLD], rows)
+
+
+def _series(label: str, kept: Sequence[tuple[float, Node]], percentile: str, style: int) -> Series | None:
+    pairs = sorted((r, v) for r, latency in kept if (v := latency.number(percentile)) is not None and v > 0)
+    if len(pairs) < 2:
+        return None
+    return Series(label, [r for r, _ in pairs], [v for _, v in pairs], style, markers=True)

@@ -155,7 +155,7 @@ def _wait_tile(records: Sequence[Record]) -> Markup | None:
     if record is None:
         return None
     p50, p99 = (record.node.number("token", "shm", p) for p in ("p50", "p99"))
-    afar = latest(records, "serve", "tcp", "token", "taken_us", "ours", "p50")
+    afar = latest(records, "remote", "tcp", "token", "taken_us", "ours", "p50")
     more = f"p99 {time_us(p99)}" if p99 else ""
     if afar is not None:
         more += f"; over TCP {time_us(afar.node.number('tcp', 'token', 'taken_us', 'ours', 'p50') or 0)}"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from engram_client.errors import FormatError
 from tierbench.records import Node, Record
+from tierbench.report.bars import latest
 from tierbench.report.charts import Ratio, RatioChart
 from tierbench.report.section import Figure, Section
 from tierbench.report.svg import ratio_told
@@ -45,7 +46,7 @@ def _shm(node: Node, source: str) -> Iterator[Ratio]:
     yield from _ratio(node.at("clients", "total"), "four processes together", "one client", source, 1.0)
 
 
-def _serve(node: Node, source: str) -> Iterator[Ratio]:
+def _remote(node: Node, source: str) -> Iterator[Ratio]:
     for way, name in (("tcp", "gRPC over TCP"), ("unix", "gRPC over a unix socket")):
         for kind in ("batch", "token"):
             found = node.at(way, kind, "rows_per_s")
@@ -120,14 +121,15 @@ def _cold_peers(node: Node, source: str) -> Iterator[Ratio]:
 
 
 PATHS: tuple[tuple[str, Source], ...] = (
-    ("lookup", _lookup), ("shm", _shm), ("cold", _cold), ("serve", _serve),
+    ("lookup", _lookup), ("shm", _shm), ("cold", _cold), ("remote", _remote),
     ("mixed", _mixed), ("extent", _extent), ("overlap", _overlap),
 )  # fmt: skip
 PEERS: tuple[tuple[str, Source], ...] = (
-    ("serve", _peers),
+    ("remote", _peers),
     ("lookup", _embedded_peers),
     ("cold", _cold_peers),
 )
+MARKS = {"remote": ("tcp",)}  # what tells a benchmark's records from another's of the same old name
 COMMANDS = {name: f"tierbench {name} --record bench/results" for name, _ in PATHS}
 
 
@@ -144,8 +146,7 @@ def path_section(records: Sequence[Record]) -> Section:
         _figure("peers", "Beside other services and stores", peers, peers_used,
                 "In the same run, with the same rows. Without a whisker the record keeps medians alone."),
     ]  # fmt: skip
-    there = {record.name for record in records}
-    missing = [(f"`{name}`".strip("`"), command) for name, command in COMMANDS.items() if name not in there]
+    missing = [(name, command) for name, command in COMMANDS.items() if _latest(records, name) is None]
     if not gpu:
         missing.append(("GPU paths", "make bench-gpu"))
     kept = [part for part in parts if part is not None]
@@ -154,13 +155,17 @@ def path_section(records: Sequence[Record]) -> Section:
     )
 
 
+def _latest(records: Sequence[Record], name: str) -> Record | None:
+    return latest(records, name, *MARKS.get(name, ()))
+
+
 def _gather(
     records: Sequence[Record], sources: Sequence[tuple[str, Source]]
 ) -> tuple[list[Ratio], list[Record], list[str]]:
     """Of each benchmark's latest record. A record of an unexpected shape loses its own lines only."""
     rows, used, refused = [], [], []
     for name, source in sources:
-        record = next((r for r in reversed(records) if r.name == name), None)
+        record = _latest(records, name)
         if record is None:
             continue
         try:

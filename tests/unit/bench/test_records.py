@@ -1,4 +1,4 @@
-"""Reading records: those that were committed stay readable, and whatever is wrong with one is told by its place."""
+"""Reading records: committed ones stay readable, and what is wrong with one is told by its place."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tierbench.record import RESULTS, SCHEMA_VERSION, write_record
+from tierbench.records import RECORD_BYTES_MAX, Node, find_records, load_all, load_record
 
 from engram_client.errors import FormatError, StorageError
 from tests.support.records import record_of, written
-from tierbench.record import RESULTS, SCHEMA_VERSION, write_record
-from tierbench.records import RECORD_BYTES_MAX, Node, find_records, load_all, load_record
 
 
 def test_every_committed_record_is_readable() -> None:
@@ -35,7 +35,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     [
         ({"schema": 99}, r"\$\.schema\.version: this tierbench reads 1 to 2, got 99"),
         ({"schema": {"name": "tierbench.record", "version": 99}}, r"got 99; .*update"),
-        ({"schema": {"name": "someone.else", "version": 2}}, r"expected 'tierbench.record', got 'someone.else'"),
+        ({"schema": {"name": "another", "version": 2}}, r"expected 'tierbench.record', got 'another'"),
         ({"schema": True}, r"Expected `int \| object`, got `bool`"),
         ({"name": "../../etc"}, r"\$\.name"),
         ({"name": None}, r"Expected `str`, got `null` - at `\$\.name`"),

@@ -1,4 +1,4 @@
-"""The report as a document: whole, self-contained, honest about what is missing, and deaf to hostile records."""
+"""The report as a document: whole, self-contained, honest about what is missing, deaf to hostile records."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.support.html_page import HtmlPage
-from tests.support.records import record_of, written
 from tierbench.cli import main
 from tierbench.commands.report import PAGE_BYTES_MAX
 from tierbench.record import RESULTS
@@ -18,8 +15,13 @@ from tierbench.report.charts import linear_axis, log_axis, nines_axis, thinned
 from tierbench.report.markup import escape, tag
 from tierbench.report.shown import NBSP, size, tidy, time_us
 
+from tests.support.html_page import HtmlPage
+from tests.support.records import record_of, written
+
 SECTIONS = ("state", "bars", "hit-rates", "latency", "paths", "plan", "records")
-ELSEWHERE = re.compile(r"(?i)https?:|//[a-z]|@import|url\(|<script|<link|<iframe|<object|<img|\bon\w+=|javascript:")
+ELSEWHERE = re.compile(
+    r"(?i)https?:|//[a-z]|@import|url\(|<script|<link|<iframe|<object|<img|\bon\w+=|javascript:"
+)
 
 
 def report(tmp_path: Path, *places: Path, code: int = 0) -> str:
@@ -61,9 +63,9 @@ def test_no_tag_of_a_figure_hides_its_numbers(tmp_path: Path) -> None:
 def test_what_is_missing_says_which_command_makes_it(tmp_path: Path) -> None:
     written(tmp_path, record_of("pack", {"rows": 1}))
     page = sound(report(tmp_path, tmp_path))
-    for command in ("tierbench cold", "tierbench lookup", "tierbench shm", "tierbench serve", "tierbench overlap",
-                    "tierbench hitrate", "tierbench plan", "make bench-gpu"):  # fmt: skip
-        assert command in page.text, command
+    for name in ("cold", "lookup", "shm", "remote", "serve", "overlap", "hitrate", "plan"):
+        assert f"tierbench {name}" in page.text, name
+    assert "make bench-gpu" in page.text
     assert "✓" not in page.text and "✗" not in page.text
 
 
@@ -76,7 +78,7 @@ def test_bars_are_judged_by_the_latest_record(tmp_path: Path) -> None:
     written(tmp_path, cold(0.5, date_utc="2026-01-01T00:00:00Z"), "old.json")
     written(tmp_path, cold(0.95, date_utc="2026-01-02T00:00:00Z"), "new.json")
     page = sound(report(tmp_path, tmp_path))
-    assert f"0.95{NBSP}×" in page.text and f"0.85 to 1.05{NBSP}×" in page.text
+    assert f"0.95{NBSP}\u00d7" in page.text and f"0.85 to 1.05{NBSP}\u00d7" in page.text
     assert page.text.count("✓ met") == 2 and "✗" not in page.text  # the bar, and its line among the ratios
     written(tmp_path, cold(0.5, date_utc="2026-01-03T00:00:00Z"), "newest.json")
     page = sound(report(tmp_path, tmp_path))
@@ -195,7 +197,8 @@ def test_markup_escapes_everything_that_is_not_markup() -> None:
 @pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [5.0, 5.0], [1e-9, 1e12], [3.0, 4.0], [-2.0, 7.0]])
 def test_axes_hold_all_values_and_have_ticks(values: list[float]) -> None:
     axes = [linear_axis("", values, str), linear_axis("", values, str, tight=True), log_axis("", values, str),
-            log_axis("", values, str, base=4.0, whole=True), nines_axis("", [min(max(v, 0), 1) for v in values])]  # fmt: skip
+            log_axis("", values, str, base=4.0, whole=True),
+            nines_axis("", [min(max(v, 0), 1) for v in values])]  # fmt: skip
     for axis in axes:
         assert axis.low < axis.high and len(axis.ticks) >= 2, axis
         assert all(0 <= axis.place(v) <= 1 for v in values)
