@@ -1,4 +1,4 @@
-"""A headless Chromium that is told what to do over a pipe, by the DevTools protocol; no network, no package."""
+"""A headless Chromium, told what to do over a pipe by the DevTools protocol: no port, no package."""
 
 from __future__ import annotations
 
@@ -92,7 +92,11 @@ def running_browser(path: str, profile: Path) -> Iterator[Browser]:
              "--disable-background-networking", "--disable-component-update", "--disable-sync",
              "--hide-scrollbars", f"--user-data-dir={profile}", "--remote-debugging-pipe"]  # fmt: skip
     process = subprocess.Popen(
-        [path, *flags], preexec_fn=place, pass_fds=(3, 4), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [path, *flags],
+        preexec_fn=place,
+        pass_fds=(3, 4),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     os.close(theirs_in)
     os.close(theirs_out)
