@@ -24,7 +24,7 @@ from tierbench.record import SCHEMA_NAME, SCHEMA_VERSION
 
 RECORD_BYTES_MAX = 8 << 20
 RECORDS_MAX = 2000  # in one folder
-TEXT_MAX = 10_000  # characters of one string
+TEXT_MAX, NAME_MAX = 10_000, 200  # characters of one string, of a member's name
 DATE = "%Y-%m-%dT%H:%M:%SZ"
 Name = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9][a-z0-9.-]{0,79}\Z")]
 Commit = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{7,64}\Z")]
@@ -150,6 +150,8 @@ def _plain(path: Path, place: str, value: Any, depth: int = 0) -> None:
         raise FormatError(f"{path}: {place[:120]}: nested deeper than 32")
     if isinstance(value, dict):
         for name, member in value.items():
+            if len(name) > NAME_MAX:
+                raise FormatError(f"{path}: {place}: a name of {len(name):,} characters, at most {NAME_MAX}")
             _plain(path, f"{place}.{name[:80]}", member, depth + 1)
     elif isinstance(value, list):
         for number, member in enumerate(value):

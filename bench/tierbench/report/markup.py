@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable
 
 VOID = frozenset({"meta", "br", "hr", "img", "col", "wbr"})
-TEXT_SHOWN_MAX = 240  # characters of one piece of text out of a record
+TEXT_SHOWN_MAX = 600  # characters of one text in an element; what is longer comes out of a record
 
 
 class Markup(str):
@@ -26,8 +26,6 @@ def escape(text: object) -> Markup:
     if isinstance(text, Markup):
         return text
     shown = str(text)
-    if len(shown) > TEXT_SHOWN_MAX:
-        shown = shown[:TEXT_SHOWN_MAX] + "…"
     cleaned = "".join(
         "\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") else c
         for c in shown
@@ -44,7 +42,13 @@ def tag(name: str, /, *children: Child, **attributes: object) -> Markup:
     )
     if name in VOID:
         return Markup(f"<{name}{told}>")
-    return Markup(f"<{name}{told}>{join(*children)}</{name}>")
+    return Markup(f"<{name}{told}>{join(*(_shortened(child) for child in children))}</{name}>")
+
+
+def _shortened(child: Child) -> Child:
+    if isinstance(child, Markup) or not isinstance(child, str) or len(child) <= TEXT_SHOWN_MAX:
+        return child
+    return child[:TEXT_SHOWN_MAX] + "…"
 
 
 def join(*children: Child) -> Markup:

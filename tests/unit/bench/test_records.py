@@ -48,6 +48,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         ({"seed": "0"}, r"\$\.seed"),
         ({"results": []}, r"Expected `object`, got `array` - at `\$\.results`"),
         ({"results": {"a": {"b": [1, 10**400]}}}, r"(?i)number out of range|\$\.results\.a\.b\[1\]"),
+        ({"results": {"n" * 300: 1}}, r"a name of 300 characters, at most 200"),
         ({"results": {"a": "x" * 20_000}}, r"\$\.results\.a: a text of 20,000 characters"),
     ],
 )  # fmt: skip
