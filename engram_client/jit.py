@@ -34,6 +34,7 @@ KERNEL_FOLDERS = (
     ("engram_client", "hashing"),
     ("engram_client", "kernels"),
     ("tierstore", "kernels"),
+    ("tierstore", "kernels/optimizers"),
 )
 
 

@@ -34,6 +34,26 @@ def word_pointer(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic
+def float_pointer(typingctx: Any, address: Any) -> Any:
+    """A 4-byte aligned address as a pointer to float32, as numba.carray takes it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _pointer(builder, args[0], ir.FloatType())
+
+    return types.CPointer(types.float32)(types.int64), codegen
+
+
+@intrinsic
+def half_pointer(typingctx: Any, address: Any) -> Any:
+    """A 2-byte aligned address as a pointer to uint16, as numba.carray takes it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _pointer(builder, args[0], _I16)
+
+    return types.CPointer(types.uint16)(types.int64), codegen
+
+
+@intrinsic
 def load_acquire(typingctx: Any, address: Any) -> Any:
     """int64 at an 8-byte aligned address; nothing later is read before it."""
 

@@ -89,7 +89,7 @@ def admit_record(
     if find_way(line, set_slots, slot_bytes, tag, key, owner) >= 0:
         return -1
     known = recall(line, ghost_line, tag)
-    way = choose_way(line, stance_of(duel, which))
+    way = choose_way(line, stance_of(duel, which), 0)
     slot = set_slots + way * slot_bytes
     old_tag = load_half(line + TAGS_AT + 2 * way)
     evicts = old_tag != 0

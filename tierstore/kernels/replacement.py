@@ -88,10 +88,10 @@ def give_up_oldest_hint(line, admissions):
 
 
 @inline_kernel
-def oldest_to_judge(line, trial_ways):
+def oldest_to_judge(line, trial_ways, kept):
     """The oldest of the queue that must give: the small one where it has its ways or is all there is.
 
-    Wanted records are in neither; -1 where there are no others.
+    Wanted records are in neither, nor ways of the bits `kept`; -1 where there are no others.
     """
     small = main = -1
     small_place = main_place = WAYS
@@ -99,7 +99,7 @@ def oldest_to_judge(line, trial_ways):
     for way in range(WAYS):
         state = load_byte(line + STATES_AT + way)
         place = state >> PLACE_SHIFT
-        if state & WANTED:
+        if state & WANTED or kept >> way & 1:
             continue
         if state & QUEUE_MASK >= MAIN:
             if place < main_place:
@@ -112,8 +112,8 @@ def oldest_to_judge(line, trial_ways):
 
 
 @inline_kernel
-def choose_way(line, stance):
-    """An empty way, else the one whose record goes."""
+def choose_way(line, stance, kept):
+    """An empty way, else the one whose record goes: none of the bits `kept`, unless all others are wanted."""
     for way in range(WAYS):
         if load_half(line + TAGS_AT + 2 * way) == 0:
             return way
@@ -121,7 +121,7 @@ def choose_way(line, stance):
     if admissions % PATIENCE_CROWDED == 0:
         give_up_oldest_hint(line, admissions)
     trial_ways, passing = TRIAL_WAYS[stance], SMALL + PASSING_READS[stance]
-    way = oldest_to_judge(line, trial_ways)
+    way = oldest_to_judge(line, trial_ways, kept)
     for _ in range(STEPS_MAX):
         if way < 0:
             return newest_way(line)
@@ -129,7 +129,7 @@ def choose_way(line, stance):
         if queue < passing or queue == MAIN:
             break
         make_newest(line, way, MAIN if queue < MAIN else queue - 1)
-        way = oldest_to_judge(line, trial_ways)
+        way = oldest_to_judge(line, trial_ways, kept)
     return way
 
 
