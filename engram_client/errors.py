@@ -4,7 +4,9 @@
     ├── BadRequest (ValueError)         the caller's arguments; nothing was read
     │   ├── IdOutOfRange                a row id or key outside the table, or negative and not -1
     │   ├── ForeignIds                  row ids handed to `lookup_heads` that are not one n-gram's
-    │   └── BatchTooLarge               more than one request may ask for
+    │   ├── BatchTooLarge               more than one request may ask for
+    │   ├── NotFiniteGradient           a gradient holds an infinity or NaN; nothing was applied
+    │   └── StepConflict                an update, commit or rollback does not fit the steps so far
     ├── UnknownTable (KeyError)         no table of that name is served
     ├── GenerationMismatch              the table was republished since the client learned of it
     ├── VocabularyMismatch              the tokenizer folds tokens differently from the table
@@ -51,6 +53,18 @@ class BatchTooLarge(BadRequest):
     """One request asks for more than the configured limit."""
 
     code = "batch_too_large"
+
+
+class NotFiniteGradient(BadRequest):
+    """A gradient holds an infinity or NaN; nothing of the update was applied."""
+
+    code = "not_finite_gradient"
+
+
+class StepConflict(BadRequest):
+    """An update, commit or rollback does not fit the steps there have been."""
+
+    code = "step_conflict"
 
 
 class UnknownTable(TierstoreError, KeyError):

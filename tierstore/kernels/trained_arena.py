@@ -82,6 +82,30 @@ def find_to_update(index, slots, sets, slot_bytes, keys, owner, dirty, rows, gua
     return missing
 
 
+@kernel
+def sets_of_rows(sets, keys, owner, found):
+    """The set of each row, to `found` int64 [n]."""
+    for i in range(keys.size):
+        found[i] = set_of(mix(keys[i], owner), sets)
+
+
+@kernel
+def find_absent(index, slots, sets, slot_bytes, keys, owner, absent):
+    """List the positions of keys that are not there in `absent` int64 [n]; how many."""
+    found = 0
+    for start in range(0, keys.size + BLOCK, BLOCK):
+        for i in range(start, min(keys.size, start + BLOCK)):
+            prefetch_line(index + set_of(mix(keys[i], owner), sets) * LINE_BYTES)
+        for i in range(max(0, start - BLOCK), min(keys.size, start)):
+            h = mix(keys[i], owner)
+            which = set_of(h, sets)
+            line, set_slots = index + which * LINE_BYTES, slots + which * WAYS * slot_bytes
+            if find_way(line, set_slots, slot_bytes, tag_of(h), keys[i], owner) < 0:
+                absent[found] = i
+                found += 1
+    return found
+
+
 @inline_kernel
 def take_in(line, ghost_line, set_slots, slot_bytes, dirty_ways, tag, key, owner, source, row_bytes, counts):
     """Put a row that is not there in the place of a clean one; its way, or -1 where all are dirty."""
@@ -191,26 +215,25 @@ def ways_in(bits):
 def choose_dirty(index, dirty, among, start, keep, ways):
     """List dirty ways of sets `among` int64 [m], sorted, from number `start` on, so that `keep` stay in each.
 
-    Writes set * WAYS + way to `ways` int64 while it has room. `among` empty: all sets. Returns (the number
-    to go on from, how many were listed). A set that occurs twice is listed once.
+    Writes set * WAYS + way to `ways` int64 while it has room, which it has for one set at least. Returns (the
+    number to go on from, how many were listed). A set that occurs twice is listed once.
     """
-    count, listed = (among.size if among.size else dirty.size), 0
-    last = -1
-    for number in range(start, count):
-        which = among[number] if among.size else number
-        if which == last:
+    listed, last = 0, -1
+    for number in range(start, among.size):
+        which = among[number]
+        left = np.int64(dirty[which])
+        if left == 0 or which == last:
             continue
         last = which
-        left = np.int64(dirty[which])
         over = ways_in(left) - keep
-        if over > 0 and listed + over > ways.size:
+        if listed + over > ways.size:
             return number, listed
         for _ in range(over):
             way = first_to_write_back(index + which * LINE_BYTES, left)
             left &= ~(1 << way)
             ways[listed] = which * WAYS + way
             listed += 1
-    return count, listed
+    return among.size, listed
 
 
 @kernel

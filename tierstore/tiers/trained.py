@@ -1,0 +1,163 @@
+"""Trained rows in DRAM: an arena that readers know, and which of its rows are newer than the log.
+
+`tierstore.kernels.trained_arena` tells how a row gets dirty, clean and out. Every method takes the arena's lock for
+one call of a kernel and waits for nothing else. Methods that make rows dirty or clean are for one caller at a
+time; reading and `admit_read` are for anybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from engram_client.arena.layout import WAYS, ArenaGeometry
+from engram_client.arena.read import read_records
+from tierstore.kernels import trained_arena as kernels
+from tierstore.kernels.trained_arena import DIRTY_MAX
+from tierstore.tiers.region import Region
+from tierstore.tiers.turn_lock import TurnLock
+
+STAMPS_MIN, STAMPS_MAX = 1 << 10, 1 << 18
+STAMP_BYTES = 8
+SET_BYTES = 2 + 8  # beside the arena: dirty bits, and its number in a list of all
+
+Apply = Callable[[np.ndarray, np.ndarray], None]  # rows and their guards, as optimizer kernels take them
+
+
+@dataclass(frozen=True)
+class DirtyRows:
+    """Copies of dirty rows, and where they are."""
+
+    ways: np.ndarray  # int64 [n]: set * WAYS + way
+    keys: np.ndarray  # int64 [n]: row ids
+    owners: np.ndarray  # int64 [n]
+    rows: np.ndarray  # uint8 [n, row_bytes]
+    next_start: int  # where to go on
+
+
+class TrainedArena:
+    """Rows of one size, of any table. `budget_bytes` bounds all its memory but one set."""
+
+    def __init__(self, budget_bytes: int, row_bytes: int) -> None:
+        self.row_bytes = row_bytes
+        rows_about = budget_bytes // (row_bytes + 16)
+        stamps = min(STAMPS_MAX, max(STAMPS_MIN, 1 << (rows_about // 8).bit_length()))
+        kept_bytes = STAMP_BYTES * stamps + SET_BYTES * (rows_about // WAYS + 1)
+        self._region = Region(ArenaGeometry.within(max(0, budget_bytes - kept_bytes), row_bytes))
+        self._dirty = np.zeros(self._region.geometry.sets, np.uint16)
+        self._stamps = np.zeros(stamps, np.int64)
+        self._moment = 0
+        self._all_sets = np.arange(self._region.geometry.sets)
+        self._writing = TurnLock()
+
+    @staticmethod
+    def least_bytes(row_bytes: int) -> int:
+        """The smallest budget."""
+        return ArenaGeometry(1, row_bytes).total_bytes + STAMP_BYTES * STAMPS_MIN + 2 * SET_BYTES
+
+    @property
+    def region(self) -> Region:
+        return self._region
+
+    @property
+    def capacity_rows(self) -> int:
+        return self._region.geometry.capacity_records
+
+    def moment(self) -> int:
+        """To be taken before looking for a row, for `admit_read`."""
+        return self._moment
+
+    def dirty_rows(self) -> int:
+        """How many rows the log does not have yet."""
+        with self._writing:
+            return int(np.bitwise_count(self._dirty).sum())
+
+    def read(self, ids: np.ndarray, owner: int, part: tuple[int, int], out: int) -> tuple[np.ndarray, int]:
+        """Copy a part of each row found to address `out`, zeros for -1: positions of the others, masked."""
+        misses, counts = np.empty(ids.size, np.int64), np.zeros(2, np.int64)
+        missed = read_records(*self._region.places, ids, owner, 1, *part, out, misses, counts)
+        return misses[:missed], int(counts[0])
+
+    def update(self, ids: np.ndarray, owner: int, apply: Apply) -> tuple[np.ndarray, np.ndarray]:
+        """Apply to the rows that are here: bool [n], which were, and int64 [n], the set of each."""
+        rows, guards, sets = (np.empty(ids.size, np.int64) for _ in range(3))
+        with self._writing:
+            kernels.find_to_update(*self._region.places, ids, owner, self._dirty, rows, guards, sets)
+            apply(rows, guards)
+        return rows != 0, sets
+
+    def sets_of(self, ids: np.ndarray, owner: int) -> np.ndarray:
+        """The distinct sets of these rows, sorted."""
+        sets = np.empty(ids.size, np.int64)
+        kernels.sets_of_rows(self._region.geometry.sets, ids, owner, sets)
+        return np.unique(sets)
+
+    def absent(self, ids: np.ndarray, owner: int) -> np.ndarray:
+        """Positions of the ids whose rows are not here."""
+        misses = np.empty(ids.size, np.int64)
+        with self._writing:
+            return misses[: kernels.find_absent(*self._region.places, ids, owner, misses)]
+
+    def admit_updated(self, ids: np.ndarray, owner: int, rows: np.ndarray, waiting: np.ndarray) -> np.ndarray:
+        """Take in rows uint8 [n, row_bytes] as an update left them: those of `waiting` bool [n].
+
+        It becomes False for those that found a place; the others' sets hold dirty rows alone.
+        Counts of `trained_arena` are returned.
+        """
+        counts = np.zeros(kernels.COUNTS, np.int64)
+        with self._writing:
+            kernels.admit_updated(
+                *self._region.writer_places, self.row_bytes, ids, owner, rows.ctypes.data, self._dirty, waiting,
+                counts,
+            )  # fmt: skip
+        return counts
+
+    def admit_read(
+        self, ids: np.ndarray, owner: int, rows: np.ndarray, since: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Take in rows that were read from the log after `moment()` was `since`; fates uint8 [n], counts.
+
+        Rows that are here already overwrite `rows`, as they are newer.
+        """
+        counts, fates = np.zeros(kernels.COUNTS, np.int64), np.empty(ids.size, np.uint8)
+        with self._writing:
+            kernels.admit_read(
+                *self._region.writer_places, self.row_bytes, ids, owner, rows.ctypes.data, self._dirty,
+                self._stamps, since, fates, counts,
+            )  # fmt: skip
+        return fates, counts
+
+    def copy_dirty(
+        self, rows_max: int, *, sets: np.ndarray | None, keep: int = DIRTY_MAX, start: int = 0
+    ) -> DirtyRows:
+        """Copies of up to `rows_max` dirty rows (or one set's), so that `keep` stay in each; none: that was all.
+
+        `sets` sorted int64, None for all; `start` is where an earlier call left off, 0 at first.
+        """
+        ways, region = np.empty(max(WAYS, rows_max), np.int64), self._region
+        with self._writing:
+            among = self._all_sets if sets is None else sets
+            start, listed = kernels.choose_dirty(region.index, self._dirty, among, start, keep, ways)
+            ways = ways[:listed]
+            keys, owners = np.empty(listed, np.int64), np.empty(listed, np.int64)
+            rows = np.empty((listed, self.row_bytes), np.uint8)
+            places = (region.slots, region.geometry.slot_bytes, self.row_bytes)
+            kernels.copy_ways(*places, ways, keys, owners, rows.ctypes.data)
+        return DirtyRows(ways, keys, owners, rows, int(start))
+
+    def mark_clean(self, copied: DirtyRows) -> None:
+        """The log has these rows now."""
+        with self._writing:
+            self._moment += 1
+            kernels.mark_clean(
+                copied.ways, copied.keys, copied.owners, self._dirty, self._stamps, self._moment
+            )
+
+    def forget_all(self) -> None:
+        """Empty it, dirty rows included."""
+        with self._writing:
+            self._moment += 1
+            self._stamps[:] = self._moment
+            kernels.forget_all(self._region.index, self._region.geometry.sets, self._dirty)

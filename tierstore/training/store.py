@@ -1,0 +1,365 @@
+"""The training store: rows that learn, in DRAM over the update log.
+
+Look-ups take no turn and no lock but the arena's. Updates, commits and rollbacks take turns. A commit writes back what
+is dirty, which makes it readable in the log, and closes the step there; training goes on while the disk
+gets it. An update that failed in the middle is gone on with when it comes again, and keeps the store from
+committing half of it; what nobody can tell the state of (an exception from outside, as Ctrl-C) keeps it from
+anything but a rollback.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from engram_client.deadline import Deadline
+from engram_client.errors import (
+    BadRequest,
+    ConfigError,
+    GenerationMismatch,
+    StepConflict,
+    TierstoreError,
+    UnknownTable,
+)
+from engram_client.spec import TableSpec
+from engram_client.transport.base import LookupRequest
+from engram_client.transport.training import TrainedDescription, UpdateRequest
+from tierstore.config import Training
+from tierstore.store.gate import Gate
+from tierstore.tiers.trained import TrainedArena
+from tierstore.training.counters import TrainingCounters
+from tierstore.training.gradients import not_finite, refusal, summed
+from tierstore.training.reading import Reading
+from tierstore.training.table import TrainedTable
+from tierstore.training.trainers import Contribution, Trainers, merged_rates, total_entries
+from tierstore.training.turn import Turn
+from tierstore.training.update import Update, Updater
+from tierstore.updates import Commit, RowStorage, TrainedSpec
+
+log = logging.getLogger(__name__)
+FOLDER = "training"  # of a store directory
+
+
+class TrainingStore:
+    """Every table in training of one directory. Thread safe; `open_training` shares one in a process."""
+
+    def __init__(self, directory: Path, config: Training, storage: RowStorage) -> None:
+        """Use `open`. The storage is closed with the store."""
+        self.directory, self.config = directory, config
+        self._storage = storage
+        self.counters = TrainingCounters()
+        self._turn = Turn(self.counters)
+        self._gate = Gate(f"training store {directory}")
+        self._trainers = Trainers(config.world, config.ahead_steps_max, config.pending_bytes_max)
+        self._updater = Updater(storage, config.staging_bytes, self.counters)
+        self._reading = Reading(storage, config.staging_bytes, self.counters)
+        self._unfinished: Update | None = None
+        self._uncertain = self._going_back = False
+        self._commit: Commit | None = None
+        self._updates_committed = 0
+        self._arenas = _make_arenas(config.budget_bytes, storage.tables)
+        self._tables = {
+            spec.name: TrainedTable(spec, number, self._arenas[spec.row_bytes])
+            for number, spec in enumerate(storage.tables)
+        }
+        self._committed = storage.step()
+        self._begin_history(storage.state())
+
+    @classmethod
+    def create(cls, directory: Path | str, tables: Sequence[TrainedSpec]) -> None:
+        """Make an empty store of these tables in `directory`/training. Raises BadRequest, StorageError."""
+        RowStorage.create(Path(directory) / FOLDER, tables)
+
+    @classmethod
+    def open(cls, directory: Path | str, config: Training) -> TrainingStore:
+        """At the last committed step. Raises FormatError, StoreLocked, StorageError, DataCorrupt, ConfigError."""
+        storage = RowStorage.open(Path(directory) / FOLDER, config)
+        try:
+            return cls(Path(directory), config, storage)
+        except BaseException:
+            storage.close()
+            raise
+
+    def _begin_history(self, state: bytes) -> None:
+        """All tables as a commit had left them, under new generations."""
+        kept = json.loads(state)["tables"] if state else {}
+        history = os.urandom(16)
+        for table in self._tables.values():
+            table.restore(kept.get(table.trained.uuid))
+            table.begin_history(history)
+
+    def _state(self) -> bytes:
+        return json.dumps({"tables": {t.trained.uuid: t.progress() for t in self._tables.values()}}).encode()
+
+    def tables(self) -> dict[str, TableSpec]:
+        """What readers see: every table, its layout the weight alone."""
+        return {name: table.spec for name, table in self._tables.items()}
+
+    def describe(self) -> list[TrainedDescription]:
+        return [table.describe(self._committed) for table in self._tables.values()]
+
+    def table(self, name: str) -> TrainedTable:
+        """Raises UnknownTable."""
+        try:
+            return self._tables[name]
+        except KeyError:
+            known = ", ".join(sorted(self._tables))
+            raise UnknownTable(f"no table {name!r} is in training here; there are: {known}") from None
+
+    # Reading.
+
+    def lookup(self, request: LookupRequest, out: np.ndarray, timeout_s: float | None = None) -> None:
+        """Fill `out`, uint8 C-contiguous, with the weights of row ids, zeros for -1.
+
+        Every row is as some update left it, no older than the last that had returned before. Raises BadRequest and
+        its kinds, GenerationMismatch also where tables went back meanwhile, StorageError, DataCorrupt,
+        DeadlineExceeded; `out` is undefined then.
+        """
+        deadline = Deadline.after(timeout_s)
+        with self._gate:
+            table = self.table(request.table)
+            self._check_history(table, request.generation)
+            table.check_lookup(request, out)
+            if request.ids.size:
+                self._reading.fill(table, request.ids, out.reshape(request.ids.size, -1), deadline)
+            self._check_history(table, request.generation)
+
+    def _check_history(self, table: TrainedTable, generation: str) -> None:
+        """Before and after reading: what was read while tables went back may be of both histories."""
+        if self._going_back:
+            raise GenerationMismatch(
+                f"table {table.name!r} is being rolled back; fetch it anew, and read again"
+            )
+        table.check_generation(generation)
+
+    # Writing.
+
+    def update(self, request: UpdateRequest, timeout_s: float | None = None) -> None:
+        """Apply gradients, or contribute them to what several ranks do together; returns once they are applied.
+
+        Raises BadRequest and its kinds (NotFiniteGradient, StepConflict), GenerationMismatch, Overloaded,
+        StorageError, DeadlineExceeded. Who repeats a push after an error does not apply it twice.
+        """
+        deadline = Deadline.after(timeout_s)
+        contribution = self.offer(request)
+        if contribution is not None:
+            contributions = self._trainers.wait(contribution, deadline)
+            if contributions is not None:
+                self.apply(contributions, deadline)
+
+    def offer(self, request: UpdateRequest) -> Contribution | None:
+        """The part of `update` that never waits. None: there is nothing more to do for this push."""
+        self._gate.check()
+        table = self.table(request.table)
+        table.check_update(request)
+        self._check_step(table, request.step)
+        contribution = self._trainers.offer(request)
+        if contribution is None and request.parts == 1:
+            self.counters.add(pushes_repeated=1)
+        return contribution
+
+    def withdraw(self, contribution: Contribution) -> None:
+        """Give up waiting for other ranks; its `ready` raises DeadlineExceeded."""
+        self._trainers.withdraw(contribution)
+
+    def _check_step(self, table: TrainedTable, step: int) -> None:
+        if self._trainers.world > 1 and not self._trainers.together:
+            return  # a slow rank may be behind a commit
+        if self._committed is not None and step <= self._committed:
+            raise StepConflict(
+                f"table {table.name!r}: an update of step {step}, but step {self._committed} is committed; "
+                "roll back first to train it again"
+            )
+        if table.updated_step is not None and step < table.updated_step:
+            raise StepConflict(
+                f"table {table.name!r}: an update of step {step} after one of step {table.updated_step}; "
+                "steps only rise"
+            )
+
+    def apply(self, contributions: Sequence[Contribution], deadline: Deadline) -> None:
+        """Apply what `ready` of a contribution gave. Raises as `update`, and tells whoever waits as well."""
+        try:
+            with self._gate:
+                self._apply(contributions, deadline)
+        except BaseException as error:
+            self._trainers.finished(contributions, error)
+            raise
+        self._trainers.finished(contributions, None)
+
+    def _apply(self, contributions: Sequence[Contribution], deadline: Deadline) -> None:
+        table = self.table(contributions[0].table)
+        rate, decay = merged_rates(contributions)
+        pushes = [pushed for c in contributions for pushed in c.pushed()]
+        ids, gradients = self._finite(table, *summed(pushes))
+        step = max(c.step for c in contributions)
+        with self._turn.taken(deadline, f"updating table {table.name!r}"):
+            self._check_step(table, step)
+            scalars = table.recipe.scalars(rate, decay, table.steps_with(step))
+            numbers = tuple(c.push for c in contributions)
+            update = Update(table, step, numbers, ids, gradients, scalars)
+            self._resume_or_begin(update, deadline)
+            self.counters.add(updates=1, rows_updated=ids.size, gradients=total_entries(contributions))
+
+    def _finite(
+        self, table: TrainedTable, ids: np.ndarray, gradients: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Refuse, or leave out, rows whose gradient is not finite."""
+        marks = not_finite(gradients)
+        if marks is None:
+            return ids, gradients
+        self.counters.add(rows_not_finite=marks.sum())
+        if self.config.not_finite == "refuse":
+            raise refusal(table.name, ids, marks)
+        return np.ascontiguousarray(ids[~marks]), np.ascontiguousarray(gradients[~marks])
+
+    def _resume_or_begin(self, update: Update, deadline: Deadline) -> None:
+        if self._uncertain or self._unfinished is None or not self._unfinished.is_repeated_by(update):
+            self._check_certain()
+        else:
+            update = self._unfinished
+        self._unfinished = update
+        try:
+            self._updater.apply(update, deadline)
+        except TierstoreError:
+            if not update.begun:
+                self._unfinished = None
+            raise
+        except BaseException:
+            self._uncertain = True
+            raise
+        self._unfinished = None
+        update.table.note_update(update.step)
+
+    def _check_certain(self) -> None:
+        if self._uncertain:
+            raise StepConflict(
+                f"training store {self.directory}: an update was broken off in the middle, and nobody knows what it "
+                "did; roll back to a committed step, or open the store again"
+            )
+        if self._unfinished is not None:
+            raise StepConflict(
+                f"training store {self.directory}: the update of table {self._unfinished.table.name!r} at step "
+                f"{self._unfinished.step} failed half way; repeat it to go on, or roll back to a committed step"
+            )
+
+    def commit(self, step: int, timeout_s: float | None = None) -> Commit:
+        """Close a step over all tables; returns once it is on its way, `wait` of the result once it is durable.
+
+        Committing the last committed step again, with no update since, is the same commit. Raises
+        StepConflict, StorageError, DeadlineExceeded.
+        """
+        deadline = Deadline.after(timeout_s)
+        with self._gate, self._turn.taken(deadline, f"committing step {step}"):
+            self._check_certain()
+            if self._repeats(step):
+                assert self._commit is not None
+                return self._commit
+            self._check_commit(step)
+            for arena in self._arenas.values():
+                self._updater.write_back(arena, None, deadline, keep=0)
+            self._commit = self._storage.commit(step, (), self._state(), deadline)
+            self._committed, self._updates_committed = step, self._updates()
+            self.counters.add(commits=1)
+            return self._commit
+
+    def _updates(self) -> int:
+        return sum(table.updates for table in self._tables.values())
+
+    def _repeats(self, step: int) -> bool:
+        same = self._commit is not None and self._commit.step == step == self._committed
+        return same and self._updates() == self._updates_committed
+
+    def _check_commit(self, step: int) -> None:
+        newest = max((t.updated_step for t in self._tables.values() if t.updated_step is not None), default=-1)
+        if self._committed is not None and step <= self._committed:
+            raise StepConflict(
+                f"training store {self.directory}: commit of step {step}, but step {self._committed} is committed; "
+                "steps only rise, roll back to go back"
+            )
+        if step < newest and (self._trainers.world == 1 or self._trainers.together):
+            raise StepConflict(
+                f"training store {self.directory}: commit of step {step}, but rows hold updates of step {newest}; "
+                f"commit step {newest} or a later one"
+            )
+
+    def rollback(self, step: int, timeout_s: float | None = None) -> None:
+        """Go back to a committed step that is kept: durable when it returns. Tables get new generations.
+
+        Raises BadRequest for a step that is not kept, StorageError, DeadlineExceeded.
+        """
+        deadline = Deadline.after(timeout_s)
+        with self._gate, self._turn.taken(deadline, f"rolling back to step {step}"):
+            if step not in self._storage.steps():
+                raise BadRequest(
+                    f"training store {self.directory}: step {step} is not kept; there are: {self._storage.steps()}"
+                )
+            self._uncertain = self._going_back = True  # until all of it is done
+            try:
+                state = self._storage.rollback(step, deadline)
+                for arena in self._arenas.values():
+                    arena.forget_all()
+                self._begin_history(state)
+            finally:
+                self._going_back = False
+            self._committed, self._commit, self._unfinished = step, None, None
+            self._trainers.reset(GenerationMismatch(f"the tables were rolled back to step {step} meanwhile"))
+            self._uncertain = False
+            self.counters.add(rollbacks=1)
+
+    def wait_durable(self, step: int, timeout_s: float | None = None) -> None:
+        """Return once `commit(step)` is on the disk. Raises StepConflict where there was none, and as `Commit.wait`."""
+        commit = self._commit
+        if commit is not None and commit.step == step:
+            commit.wait(timeout_s)
+        elif step not in self._storage.steps():
+            raise StepConflict(
+                f"training store {self.directory}: step {step} was not committed, or not lately; there are: "
+                f"{self._storage.steps()}"
+            )
+
+    def step(self) -> int | None:
+        """The last committed step."""
+        return self._committed
+
+    def steps(self) -> list[int]:
+        """Committed steps that are kept, oldest first: durable ones."""
+        return self._storage.steps()
+
+    def stats(self) -> dict[str, int]:
+        """Counters, and what is there now."""
+        arenas = self._arenas.values()
+        return self.counters.snapshot() | {
+            "training_budget_bytes": self.config.budget_bytes,
+            "training_capacity_rows": sum(a.capacity_rows for a in arenas),
+            "training_dirty_rows": sum(a.dirty_rows() for a in arenas),
+        }
+
+    def close(self) -> None:
+        """Wait for whoever is inside and for commits on their way; what was not committed is gone."""
+        if self._gate.close():
+            self._trainers.reset(GenerationMismatch(f"training store {self.directory} was closed meanwhile"))
+            self._storage.close()
+
+
+def _make_arenas(budget_bytes: int, specs: Sequence[TrainedSpec]) -> dict[int, TrainedArena]:
+    """One for each row size, the budget shared by the bytes of their tables. Raises ConfigError."""
+    sizes: Counter[int] = Counter()
+    for spec in specs:
+        sizes[spec.row_bytes] += spec.rows * spec.row_bytes
+    least = sum(TrainedArena.least_bytes(size) for size in sizes)
+    if budget_bytes < least:
+        raise ConfigError(
+            f"$.training.budget_bytes: expected at least {least} bytes for rows of "
+            f"{', '.join(map(str, sorted(sizes)))} bytes with their optimizer state, got {budget_bytes}"
+        )
+    spare, total = budget_bytes - least, sum(sizes.values())
+    return {
+        size: TrainedArena(TrainedArena.least_bytes(size) + spare * weight // total, size)
+        for size, weight in sizes.items()
+    }
