@@ -15,7 +15,12 @@ FILE_LINES_MAX = 400
 
 # Modules that something else than an import statement starts.
 ENTRY_POINTS = ("tierstore.cli", "tierbench.cli", "tierbench.__main__")
-LOADED_BY_NAME = ("tierstore.commands.", "tierbench.commands.", "tierbench.gpu.sections.")
+LOADED_BY_NAME = (
+    "tierstore.commands.",
+    "tierbench.commands.",
+    "tierbench.gpu.sections.",
+    "tierstore.kernels.optimizers.",
+)
 
 TEXT_FOLDERS = (*FOLDERS, "docs", "proto", ".ci")
 TEXT_SUFFIXES = frozenset({".py", ".pyi", ".proto", ".md", ".toml", ".txt", ".json", ""})

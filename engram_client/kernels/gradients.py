@@ -66,7 +66,7 @@ def sum_by_row(ids: np.ndarray, gradients: np.ndarray) -> tuple[np.ndarray, np.n
     Where every id is another one these are what was given.
     """
     distinct, inverse = distinct_ids(ids)
-    if distinct.size == ids.size:
+    if distinct.size == ids.size and ids.size:
         return ids, gradients
     sums = np.zeros((distinct.size, gradients.shape[1]), np.float32)
     add_rows(gradients, inverse, sums)

@@ -1,4 +1,5 @@
-"""A training store against a plain array, through updates, commits, rollbacks and openings, with little DRAM."""
+"""A training store against a plain array, through updates, commits, rollbacks and openings, with little
+DRAM."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def update(store: TrainingStore, model: Model, rng: np.random.Generator, name: s
     gradients = rng.standard_normal((ids.size, DIM)).astype(np.float32)
     before = {row: model.now[name][row].copy() for row in ids.tolist()}
     store.update(push_of(store, step, ids, gradients, name), 30)
-    if name == "wide":  # Adagrad's numbers are another test's: whatever it makes of touched rows is taken down
+    if (
+        name == "wide"
+    ):  # Adagrad's numbers are another test's: whatever it makes of touched rows is taken down
         touched = np.unique(ids[ids >= 0])
         model.now[name][touched] = weights(store, touched, name)
         return

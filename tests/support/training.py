@@ -23,7 +23,9 @@ TINY = 16 << 10  # a hundred
 pushes = itertools.count(1)
 
 
-def trained_spec(name: str = "table", rows: int = 400, *, optimizer: str = "sgd", **recipe: Any) -> TrainedSpec:
+def trained_spec(
+    name: str = "table", rows: int = 400, *, optimizer: str = "sgd", **recipe: Any
+) -> TrainedSpec:
     made = make_recipe(optimizer, **recipe)
     layout = layout_of(DIM, made)
     initial = Initial("normal", 0.5, 7)
@@ -39,7 +41,7 @@ def make_store(
 
 def open_store(folder: Path, budget_bytes: int = SMALLEST, **config: Any) -> TrainingStore:
     config = {"staging_bytes": 64 << 10, "keep_steps": 100, **config}
-    return TrainingStore.open(folder, Training(budget_bytes=budget_bytes, **config))
+    return TrainingStore.open(folder, Training(dram_bytes=budget_bytes, **config))
 
 
 def weights(store: TrainingStore, ids: np.ndarray, name: str = "table", generation: str = "") -> np.ndarray:
@@ -53,7 +55,12 @@ def weights(store: TrainingStore, ids: np.ndarray, name: str = "table", generati
 def push_of(
     store: TrainingStore, step: int, ids: Any, gradients: np.ndarray, name: str = "table", **rest: Any
 ) -> UpdateRequest:
-    fields = {"learning_rate": 1.0, "push": next(pushes), "generation": store.tables()[name].generation, **rest}
+    fields = {
+        "learning_rate": 1.0,
+        "push": next(pushes),
+        "generation": store.tables()[name].generation,
+        **rest,
+    }
     return UpdateRequest(name, step=step, ids=np.asarray(ids, np.int64), gradients=gradients, **fields)
 
 

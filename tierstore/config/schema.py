@@ -189,6 +189,32 @@ class Shm(Section, frozen=True):
 
 class Training(Section, frozen=True):
     section: ClassVar[str] = "training"
+    enabled: Annotated[
+        bool, Meta(description="serve the tables in training of the directory: to read, update and commit")
+    ] = False
+    dram_bytes: Annotated[
+        ByteSize, Meta(ge=4 * KIB, description="DRAM for rows in training, their optimizer state included")
+    ] = GIB
+    staging_bytes: Annotated[
+        ByteSize,
+        Meta(ge=64 * KIB, description="memory for rows between DRAM and log: for updates, and for reads"),
+    ] = 16 * MIB
+    not_finite: Annotated[
+        Literal["refuse", "skip"],
+        Meta(description="an update with infinite or NaN gradients: refuse it, or skip those rows"),
+    ] = "refuse"
+    world: Annotated[int, Meta(ge=1, le=65536, description="trainers that update the tables together")] = 1
+    ahead_steps_max: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="steps that a trainer may be ahead of the slowest; 0: all update each step together",
+        ),
+    ] = 0
+    pending_bytes_max: Annotated[
+        ByteSize,
+        Meta(ge=MIB, description="memory for gradients that wait for other trainers, or for their rest"),
+    ] = 256 * MIB
     queue_bytes: Annotated[
         ByteSize, Meta(ge=MIB, description="memory for rows that wait to be written; more wait for room")
     ] = 256 * MIB

@@ -4,9 +4,9 @@ To readers it is an arena like any other (engram_client/arena). Beside it, for w
 16 *dirty* bits for each set: ways whose row is newer than what the log has. Such a row is never
 dropped. It is copied out, handed to the log, and only then marked clean; what leaves is always clean.
 
-So that newcomers find room, a set keeps at most `DIRTY_MAX` dirty ways from one update to the next: the oldest
-beyond that are written back, and stay readable. Only the one writer whose turn it is makes ways dirty or
-clean; the arena's lock, which readers who admit also take, holds for each call of these kernels and never
+So that newcomers find room, a set keeps at most `DIRTY_MAX` dirty ways from one update to the next: the
+oldest beyond that are written back, and stay readable. Only the one writer whose turn it is makes ways dirty
+or clean; the arena's lock, which readers who admit also take, holds for each call of these kernels and never
 across I/O. Between copying a dirty row out and marking it clean nobody can change it or take its way.
 
 A *stamp* tells when rows of one hash were last marked clean. Whoever reads a row from the log while it is
@@ -160,7 +160,20 @@ def admit_updated(
 
 @kernel
 def admit_read(
-    index, slots, ghosts, sets, slot_bytes, row_bytes, keys, owner, source, dirty, stamps, since, fates, counts
+    index,
+    slots,
+    ghosts,
+    sets,
+    slot_bytes,
+    row_bytes,
+    keys,
+    owner,
+    source,
+    dirty,
+    stamps,
+    since,
+    fates,
+    counts,
 ):
     """Take in rows that were read from the log after the moment `since`; row i at source + i * row_bytes.
 
@@ -263,4 +276,3 @@ def forget_all(index, sets, dirty):
     for which in range(sets):
         empty_set(index + which * LINE_BYTES)
         dirty[which] = 0
-

@@ -1,8 +1,8 @@
 """Trained rows in DRAM: an arena that readers know, and which of its rows are newer than the log.
 
-`tierstore.kernels.trained_arena` tells how a row gets dirty, clean and out. Every method takes the arena's lock for
-one call of a kernel and waits for nothing else. Methods that make rows dirty or clean are for one caller at a
-time; reading and `admit_read` are for anybody.
+`tierstore.kernels.trained_arena` tells how a row gets dirty, clean and out. Every method takes the arena's
+lock for one call of a kernel and waits for nothing else. Methods that make rows dirty or clean are for one
+caller at a time; reading and `admit_read` are for anybody.
 """
 
 from __future__ import annotations
@@ -69,6 +69,16 @@ class TrainedArena:
         """To be taken before looking for a row, for `admit_read`."""
         return self._moment
 
+    def warm_up(self, owner: int) -> None:
+        """Load or compile every kernel, by calling it with nothing."""
+        ids, rows = np.zeros(0, np.int64), np.zeros((0, self.row_bytes), np.uint8)
+        self.read(ids, owner, (0, 0), 0)
+        self.update(ids, owner, lambda rows, guards: None)
+        self.absent(ids, owner)
+        self.admit_updated(ids, owner, rows, np.zeros(0, np.bool_))
+        self.admit_read(ids, owner, rows, 0)
+        self.mark_clean(self.copy_dirty(0, sets=self.sets_of(ids, owner)))
+
     def dirty_rows(self) -> int:
         """How many rows the log does not have yet."""
         with self._writing:
@@ -109,8 +119,8 @@ class TrainedArena:
         counts = np.zeros(kernels.COUNTS, np.int64)
         with self._writing:
             kernels.admit_updated(
-                *self._region.writer_places, self.row_bytes, ids, owner, rows.ctypes.data, self._dirty, waiting,
-                counts,
+                *self._region.writer_places, self.row_bytes, ids, owner, rows.ctypes.data, self._dirty,
+                waiting, counts,
             )  # fmt: skip
         return counts
 
@@ -132,7 +142,8 @@ class TrainedArena:
     def copy_dirty(
         self, rows_max: int, *, sets: np.ndarray | None, keep: int = DIRTY_MAX, start: int = 0
     ) -> DirtyRows:
-        """Copies of up to `rows_max` dirty rows (or one set's), so that `keep` stay in each; none: that was all.
+        """Copies of up to `rows_max` dirty rows (or one set's), so that `keep` stay in each; none: that was
+        all.
 
         `sets` sorted int64, None for all; `start` is where an earlier call left off, 0 at first.
         """

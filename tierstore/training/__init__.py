@@ -1,1 +1,6 @@
 """Tables that learn: rows with their optimizer's state in DRAM over an update log."""
+
+from tierstore.training.registry import open_training
+from tierstore.training.store import TrainingStore
+
+__all__ = ["TrainingStore", "open_training"]

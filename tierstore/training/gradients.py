@@ -39,7 +39,8 @@ def not_finite(gradients: np.ndarray) -> np.ndarray | None:
 def refusal(table: str, ids: np.ndarray, marks: np.ndarray) -> NotFiniteGradient:
     """Names the first row that is marked."""
     return NotFiniteGradient(
-        f"table {table!r}: the gradient of row {ids[np.argmax(marks)]} is not finite ({marks.sum()} such rows of "
+        f"table {table!r}: the gradient of row {ids[np.argmax(marks)]} is not finite ({marks.sum()} such "
+        f"rows of "
         f"{ids.size}); nothing was applied; lower the loss scale or the learning rate, or set "
         "training.not_finite=skip"
     )

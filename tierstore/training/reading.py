@@ -1,8 +1,9 @@
-"""Look-ups of rows in training: DRAM without a lock, the rest from the log, never older than what was updated before.
+"""Look-ups of rows in training: DRAM without a lock, the rest from the log, never older than what was updated
+before.
 
-A row that is not found may be on its way out, or its set may be changing under the reader's eyes: so what was read
-from the log counts only once DRAM, asked again under its lock, knows nothing newer, and no row of its hash was
-written back since the look-up began. Else it is looked up again.
+A row that is not found may be on its way out, or its set may be changing under the reader's eyes: so what was
+read from the log counts only once DRAM, asked again under its lock, knows nothing newer, and no row of its
+hash was written back since the look-up began. Else it is looked up again.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ def open_training(
 
     Without `config` the defaults and the environment (TIERSTORE_TRAINING_BUDGET_BYTES and so on) hold; a
     configuration given to a second open must be the first one's. A forked child does not share its parent's.
-    Raises FormatError where there is none, StoreLocked where another process has it, ConfigError, and what opening
-    raises.
+    Raises FormatError where there is none, StoreLocked where another process has it, ConfigError, and what
+    opening raises.
     """
     path = Path(directory).resolve()
     with _changing:

@@ -1,10 +1,10 @@
 """The training store: rows that learn, in DRAM over the update log.
 
-Look-ups take no turn and no lock but the arena's. Updates, commits and rollbacks take turns. A commit writes back what
-is dirty, which makes it readable in the log, and closes the step there; training goes on while the disk
-gets it. An update that failed in the middle is gone on with when it comes again, and keeps the store from
-committing half of it; what nobody can tell the state of (an exception from outside, as Ctrl-C) keeps it from
-anything but a rollback.
+Look-ups take no turn and no lock but the arena's. Updates, commits and rollbacks take turns. A commit writes
+back what is dirty, which makes it readable in the log, and closes the step there; training goes on while the
+disk gets it. An update that failed in the middle is gone on with when it comes again, and keeps the store
+from committing half of it; what nobody can tell the state of (an exception from outside, as Ctrl-C) keeps it
+from anything but a rollback.
 """
 
 from __future__ import annotations
@@ -63,13 +63,14 @@ class TrainingStore:
         self._uncertain = self._going_back = False
         self._commit: Commit | None = None
         self._updates_committed = 0
-        self._arenas = _make_arenas(config.budget_bytes, storage.tables)
+        self._arenas = _make_arenas(config.dram_bytes, storage.tables)
         self._tables = {
             spec.name: TrainedTable(spec, number, self._arenas[spec.row_bytes])
             for number, spec in enumerate(storage.tables)
         }
         self._committed = storage.step()
         self._begin_history(storage.state())
+        self._warm_up()
 
     @classmethod
     def create(cls, directory: Path | str, tables: Sequence[TrainedSpec]) -> None:
@@ -78,7 +79,8 @@ class TrainingStore:
 
     @classmethod
     def open(cls, directory: Path | str, config: Training) -> TrainingStore:
-        """At the last committed step. Raises FormatError, StoreLocked, StorageError, DataCorrupt, ConfigError."""
+        """At the last committed step. Raises FormatError, StoreLocked, StorageError, DataCorrupt,
+        ConfigError."""
         storage = RowStorage.open(Path(directory) / FOLDER, config)
         try:
             return cls(Path(directory), config, storage)
@@ -93,6 +95,17 @@ class TrainingStore:
         for table in self._tables.values():
             table.restore(kept.get(table.trained.uuid))
             table.begin_history(history)
+
+    def _warm_up(self) -> None:
+        """Load or compile what updates and look-ups call, so that none does so while its caller waits."""
+        for table in self._tables.values():
+            none = np.zeros(0, np.int64)
+            _, gradients = summed([(none, np.zeros((0, table.dim), np.float32))])
+            not_finite(gradients)
+            scalars = table.recipe.scalars(0.0, 0.0, 1)
+            table.recipe.kind.kernel(none, none, gradients, table.places, scalars)
+            self._updater.warm_up(table)
+            self._reading.fill(table, none, np.zeros((0, table.part[1]), np.uint8), Deadline.after(None))
 
     def _state(self) -> bytes:
         return json.dumps({"tables": {t.trained.uuid: t.progress() for t in self._tables.values()}}).encode()
@@ -117,9 +130,9 @@ class TrainingStore:
     def lookup(self, request: LookupRequest, out: np.ndarray, timeout_s: float | None = None) -> None:
         """Fill `out`, uint8 C-contiguous, with the weights of row ids, zeros for -1.
 
-        Every row is as some update left it, no older than the last that had returned before. Raises BadRequest and
-        its kinds, GenerationMismatch also where tables went back meanwhile, StorageError, DataCorrupt,
-        DeadlineExceeded; `out` is undefined then.
+        Every row is as some update left it, no older than the last that had returned before. Raises
+        BadRequest and its kinds, GenerationMismatch also where tables went back meanwhile, StorageError,
+        DataCorrupt, DeadlineExceeded; `out` is undefined then.
         """
         deadline = Deadline.after(timeout_s)
         with self._gate:
@@ -141,7 +154,8 @@ class TrainingStore:
     # Writing.
 
     def update(self, request: UpdateRequest, timeout_s: float | None = None) -> None:
-        """Apply gradients, or contribute them to what several ranks do together; returns once they are applied.
+        """Apply gradients, or contribute them to what several ranks do together; returns once they are
+        applied.
 
         Raises BadRequest and its kinds (NotFiniteGradient, StepConflict), GenerationMismatch, Overloaded,
         StorageError, DeadlineExceeded. Who repeats a push after an error does not apply it twice.
@@ -239,17 +253,21 @@ class TrainingStore:
     def _check_certain(self) -> None:
         if self._uncertain:
             raise StepConflict(
-                f"training store {self.directory}: an update was broken off in the middle, and nobody knows what it "
+                f"training store {self.directory}: an update was broken off in the middle, and nobody knows "
+                f"what it "
                 "did; roll back to a committed step, or open the store again"
             )
         if self._unfinished is not None:
             raise StepConflict(
-                f"training store {self.directory}: the update of table {self._unfinished.table.name!r} at step "
-                f"{self._unfinished.step} failed half way; repeat it to go on, or roll back to a committed step"
+                f"training store {self.directory}: the update of table {self._unfinished.table.name!r} at "
+                f"step "
+                f"{self._unfinished.step} failed half way; repeat it to go on, or roll back to a committed "
+                f"step"
             )
 
     def commit(self, step: int, timeout_s: float | None = None) -> Commit:
-        """Close a step over all tables; returns once it is on its way, `wait` of the result once it is durable.
+        """Close a step over all tables; returns once it is on its way, `wait` of the result once it is
+        durable.
 
         Committing the last committed step again, with no update since, is the same commit. Raises
         StepConflict, StorageError, DeadlineExceeded.
@@ -276,15 +294,19 @@ class TrainingStore:
         return same and self._updates() == self._updates_committed
 
     def _check_commit(self, step: int) -> None:
-        newest = max((t.updated_step for t in self._tables.values() if t.updated_step is not None), default=-1)
+        newest = max(
+            (t.updated_step for t in self._tables.values() if t.updated_step is not None), default=-1
+        )
         if self._committed is not None and step <= self._committed:
             raise StepConflict(
-                f"training store {self.directory}: commit of step {step}, but step {self._committed} is committed; "
+                f"training store {self.directory}: commit of step {step}, but step {self._committed} is "
+                f"committed; "
                 "steps only rise, roll back to go back"
             )
         if step < newest and (self._trainers.world == 1 or self._trainers.together):
             raise StepConflict(
-                f"training store {self.directory}: commit of step {step}, but rows hold updates of step {newest}; "
+                f"training store {self.directory}: commit of step {step}, but rows hold updates of step "
+                f"{newest}; "
                 f"commit step {newest} or a later one"
             )
 
@@ -297,7 +319,8 @@ class TrainingStore:
         with self._gate, self._turn.taken(deadline, f"rolling back to step {step}"):
             if step not in self._storage.steps():
                 raise BadRequest(
-                    f"training store {self.directory}: step {step} is not kept; there are: {self._storage.steps()}"
+                    f"training store {self.directory}: step {step} is not kept; there are: "
+                    f"{self._storage.steps()}"
                 )
             self._uncertain = self._going_back = True  # until all of it is done
             try:
@@ -313,7 +336,8 @@ class TrainingStore:
             self.counters.add(rollbacks=1)
 
     def wait_durable(self, step: int, timeout_s: float | None = None) -> None:
-        """Return once `commit(step)` is on the disk. Raises StepConflict where there was none, and as `Commit.wait`."""
+        """Return once `commit(step)` is on the disk. Raises StepConflict where there was none, and as
+        `Commit.wait`."""
         commit = self._commit
         if commit is not None and commit.step == step:
             commit.wait(timeout_s)
@@ -335,7 +359,7 @@ class TrainingStore:
         """Counters, and what is there now."""
         arenas = self._arenas.values()
         return self.counters.snapshot() | {
-            "training_budget_bytes": self.config.budget_bytes,
+            "training_dram_bytes": self.config.dram_bytes,
             "training_capacity_rows": sum(a.capacity_rows for a in arenas),
             "training_dirty_rows": sum(a.dirty_rows() for a in arenas),
         }
@@ -355,7 +379,7 @@ def _make_arenas(budget_bytes: int, specs: Sequence[TrainedSpec]) -> dict[int, T
     least = sum(TrainedArena.least_bytes(size) for size in sizes)
     if budget_bytes < least:
         raise ConfigError(
-            f"$.training.budget_bytes: expected at least {least} bytes for rows of "
+            f"$.training.dram_bytes: expected at least {least} bytes for rows of "
             f"{', '.join(map(str, sorted(sizes)))} bytes with their optimizer state, got {budget_bytes}"
         )
     spare, total = budget_bytes - least, sum(sizes.values())

@@ -53,8 +53,10 @@ class TrainedTable:
     def check_generation(self, generation: str) -> None:
         if generation != self.spec.generation:
             raise GenerationMismatch(
-                f"table {self.name!r}: the request is for generation {generation}, now is {self.spec.generation}; "
-                "the table was opened anew or rolled back, and updates since its last commit are gone: fetch the "
+                f"table {self.name!r}: the request is for generation {generation}, now is "
+                f"{self.spec.generation}; "
+                "the table was opened anew or rolled back, and updates since its last commit are gone: "
+                "fetch the "
                 "table anew, and go on from a model checkpoint of the same step"
             )
 
@@ -66,7 +68,8 @@ class TrainedTable:
         self._check_ids(request.ids)
         if out.dtype != np.uint8 or out.nbytes != request.ids.size * self.part[1] or not out.flags.carray:
             raise BadRequest(
-                f"table {self.name!r}: expected room for {request.ids.size * self.part[1]} bytes, writable and "
+                f"table {self.name!r}: expected room for {request.ids.size * self.part[1]} bytes, writable "
+                f"and "
                 f"C-contiguous, got {out.nbytes}"
             )
 
@@ -92,7 +95,8 @@ class TrainedTable:
     def _check_ids(self, ids: np.ndarray) -> None:
         if ids.dtype != np.int64 or ids.ndim != 1 or not ids.flags.c_contiguous:
             raise BadRequest(
-                f"table {self.name!r}: row ids must be C-contiguous int64 [n], got {ids.dtype} {list(ids.shape)}"
+                f"table {self.name!r}: row ids must be C-contiguous int64 [n], got {ids.dtype} "
+                f"{list(ids.shape)}"
             )
         check_row_ids(ids, self.trained.rows, self.name)
 

@@ -1,16 +1,18 @@
-"""How several data-parallel trainers update one table: together, step by step, or each on its own, within bounds.
+"""How several data-parallel trainers update one table: together, step by step, or each on its own, within
+bounds.
 
-*Synchronous* (`ahead_steps_max` 0): the contributions of all `world` ranks to a step of a table are collected,
-summed in the order of ranks and applied once. So the result is that of one trainer with the ranks' batches put
-together, bit for bit the same whichever rank came first. A rank that does not come is an error for those that
-wait, at their deadline: they are told who is missing, their contributions are withdrawn, and nothing is applied.
+*Synchronous* (`ahead_steps_max` 0): the contributions of all `world` ranks to a step of a table are
+collected, summed in the order of ranks and applied once. So the result is that of one trainer with the ranks'
+batches put together, bit for bit the same whichever rank came first. A rank that does not come is an error
+for those that wait, at their deadline: they are told who is missing, their contributions are withdrawn, and
+nothing is applied.
 
-*Bounded staleness* (k > 0): each contribution is applied when it comes, in whatever order; a rank that would be more than k
-steps ahead of the slowest waits until that one has caught up, or for its deadline.
+*Bounded staleness* (k > 0): each contribution is applied when it comes, in whatever order; a rank that would
+be more than k steps ahead of the slowest waits until that one has caught up, or for its deadline.
 
-A push has a number, and a push that comes again, because its answer was lost, is not applied again: it waits with the
-first, or is answered as that was. Another push of the same rank for the same step is refused where ranks act
-together. One rank alone may push to a step as often as it likes.
+A push has a number, and a push that comes again, because its answer was lost, is not applied again: it waits
+with the first, or is answered as that was. Another push of the same rank for the same step is refused where
+ranks act together. One rank alone may push to a step as often as it likes.
 
 Everything here is done under one short lock. What is to be applied is handed to one of those who wait.
 """
@@ -138,13 +140,15 @@ class Trainers:
         last = progress.steps.get(rank)
         if last is not None and step <= last:
             raise StepConflict(
-                f"table {request.table!r}: rank {rank} pushes step {step} after its step {last} was applied; a "
+                f"table {request.table!r}: rank {rank} pushes step {step} after its step {last} was "
+                f"applied; a "
                 "rank contributes once to a step"
             )
         for other in progress.waiting.values() if self.together else ():
             if other.step != step:
                 raise StepConflict(
-                    f"table {request.table!r}: rank {rank} pushes step {step} while rank {other.rank} waits at "
+                    f"table {request.table!r}: rank {rank} pushes step {step} while rank {other.rank} waits "
+                    f"at "
                     f"step {other.step}; all ranks contribute to one step at a time"
                 )
 
@@ -160,7 +164,8 @@ class Trainers:
         pending = sum(c.bytes for p in self._tables.values() for c in p.all())
         if pending and pending + size > self._pending_bytes_max:
             raise Overloaded(
-                f"table {request.table!r}: {pending} bytes of gradients wait for other parts or ranks; the limit "
+                f"table {request.table!r}: {pending} bytes of gradients wait for other parts or ranks; the "
+                f"limit "
                 f"is {self._pending_bytes_max} (training.pending_bytes_max); push again later"
             )
         arriving.parts[request.part] = (request.ids, request.gradients)
@@ -171,7 +176,8 @@ class Trainers:
         return arriving
 
     def _release_together(self, progress: Progress, last: Contribution) -> None:
-        """Where this contribution was the last one missing, whoever brought it applies all. Under the lock."""
+        """Where this contribution was the last one missing, whoever brought it applies all. Under the
+        lock."""
         if len(progress.waiting) == self.world:
             progress.applying = dict(sorted(progress.waiting.items()))
             progress.waiting = {}

@@ -1,11 +1,12 @@
-"""Applying one update: rows in DRAM in place, others read, updated and taken in; what gets too much is written back.
+"""Applying one update: rows in DRAM in place, others read, updated and taken in; what gets too much is
+written back.
 
-Whoever calls has the turn. Reading and writing back may fail, on a full disk or at a deadline, in the middle of an
-update. What was applied cannot be undone without its bytes, so the rest is kept: the same update, given again,
-goes on where it stopped. Until then nothing else is updated or committed; a rollback gives it up.
+Whoever calls has the turn. Reading and writing back may fail, on a full disk or at a deadline, in the middle
+of an update. What was applied cannot be undone without its bytes, so the rest is kept: the same update, given
+again, goes on where it stopped. Until then nothing else is updated or committed; a rollback gives it up.
 
-A piece of an update goes through three states. `todo`: not applied. `waiting`: applied, in the buffer of the piece,
-for want of a clean way in its set. Else: in the arena, dirty.
+A piece of an update goes through three states. `todo`: not applied. `waiting`: applied, in the buffer of the
+piece, for want of a clean way in its set. Else: in the arena, dirty.
 """
 
 from __future__ import annotations
@@ -72,6 +73,11 @@ class Updater:
         self._storage, self._counters = storage, counters
         self._staging_bytes = staging_bytes
 
+    def warm_up(self, table: TrainedTable) -> None:
+        """Call every kernel of an update with nothing."""
+        table.arena.warm_up(table.owner)
+        self._storage.read(table.number, NO_IDS, np.empty((0, table.arena.row_bytes), np.uint8))
+
     def rows_max(self, arena: TrainedArena) -> int:
         """Rows of a piece: staging holds those that are read, and those that are written back."""
         return max(1, self._staging_bytes // 2 // arena.row_bytes)
@@ -137,7 +143,8 @@ class Updater:
     ) -> None:
         """Leave at most `keep` dirty rows in each of these sets (sorted; None: all).
 
-        Waits for room in the queue. Raises StorageError, DeadlineExceeded; what is then not written back is dirty.
+        Waits for room in the queue. Raises StorageError, DeadlineExceeded; what is then not written back is
+        dirty.
         """
         start, most = 0, self.rows_max(arena)
         while (copied := arena.copy_dirty(most, sets=sets, keep=keep, start=start)).ways.size:

@@ -105,7 +105,9 @@ def test_gradients_that_are_not_finite_are_skipped_where_that_is_wanted(tmp_path
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_short_gradients_are_taken_as_they_are(store, dtype: str) -> None:
     values = np.array([[1.5, -0.25, 3.0, 0.0, -2.0, 0.125]], np.float32)  # exact in both
-    short = (values.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else values.astype(np.float16)
+    short = (
+        (values.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else values.astype(np.float16)
+    )
     before = weights(store, [9])
     store.update(push_of(store, 0, [9], short))
     np.testing.assert_array_equal(weights(store, [9]), before - values)
@@ -241,8 +243,8 @@ def test_there_must_be_one(tmp_path: Path) -> None:
 
 def test_a_budget_without_room_for_one_set_is_refused(tmp_path: Path) -> None:
     TrainingStore.create(tmp_path, [trained_spec()])
-    with pytest.raises(ConfigError, match=r"training\.budget_bytes"):
-        TrainingStore.open(tmp_path, Training(budget_bytes=4096))
+    with pytest.raises(ConfigError, match=r"training\.dram_bytes"):
+        TrainingStore.open(tmp_path, Training(dram_bytes=4096))
 
 
 def test_masked_rows_are_zeros(store) -> None:
@@ -252,7 +254,8 @@ def test_masked_rows_are_zeros(store) -> None:
 
 
 def test_readers_see_rows_whole_and_never_go_back(tmp_path: Path) -> None:
-    """All elements of a row rise together; while some rows are in DRAM, others in the log, others on the way."""
+    """All elements of a row rise together; while some rows are in DRAM, others in the log, others on the
+    way."""
     rows, everything = 400, np.arange(400)
     spec = trained_spec(rows=rows)
     store = make_store(tmp_path, [spec], TINY)

@@ -2,9 +2,10 @@
 
 Moments of a row that is not in the batch stay as they are. What `step` is in the bias correction has two
 answers. By default, as in SparseAdam, it counts the table's updates: a row first seen at update 10,000
-meets corrections of 1, and its moments, which start at zero, make its first updates (1 - beta1) / sqrt(1 - beta2)
-= 3.2 times as large as those of the first rows. With `per_row_steps` each row counts its own updates in
-four bytes more of state, and its first update is as large as that of any other: right for rows seen rarely.
+meets corrections of 1, and its moments, which start at zero, make its first updates (1 - beta1) / sqrt(1 -
+beta2) = 3.2 times as large as those of the first rows. With `per_row_steps` each row counts its own updates
+in four bytes more of state, and its first update is as large as that of any other: right for rows seen
+rarely.
 """
 
 from __future__ import annotations
