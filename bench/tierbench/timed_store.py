@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from engram_client.deadline import Deadline
+from engram_client.errors import StorageError
 from engram_client.transport.base import LookupRequest
 from tierbench.prepared import PreparedTable, packed_tables
 from tierstore.config import Config
@@ -23,14 +24,31 @@ from tierstore.store.store import MakeReader, configured_reader
 
 def linked_store(prepared: PreparedTable, folder: Path) -> Path:
     """The store once more in `folder`, made anew; its row file takes no space of its own."""
+    return linked_copy(prepared.store, folder)
+
+
+def linked_copy(store: Path, folder: Path) -> Path:
+    """Any store once more in `folder`, made anew: row files are links, its snapshot and extent stay behind.
+
+    Across file systems the links are symbolic. Raises StorageError.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     left_out = shutil.ignore_patterns("warm", "extent", "lock")
-    shutil.copytree(prepared.store, folder, ignore=left_out, copy_function=_link_rows)
+    try:
+        shutil.copytree(store, folder, ignore=left_out, copy_function=_link_rows)
+    except (OSError, shutil.Error) as error:
+        raise StorageError(f"{store}: cannot be linked into {folder}: {error}") from error
     return folder
 
 
 def _link_rows(source: str, target: str) -> str:
-    (os.link if source.endswith(".rows") else shutil.copyfile)(source, target)
+    if not source.endswith(".rows"):
+        shutil.copyfile(source, target)
+        return target
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or somebody else's file
+        os.symlink(os.path.realpath(source), target)
     return target
 
 

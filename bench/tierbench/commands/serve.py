@@ -47,7 +47,7 @@ from tierbench.yardsticks.empty_service import running_empty_service
 WAYS = {SHARED: None, UNIX: EMPTY_UNIX, TCP: EMPTY_TCP}  # and what stands beside each
 COLUMNS = ("offered /s", "done /s", "latency p50", "p99", "p99.9", "in the call p50", "lag p99", "cores", "")
 PROBE_S = 0.3
-CALLS_MIN, CALLS_WANTED, LONGER_MAX = 20, 500, 4  # of a slow rate, whose window is longer for them
+CALLS_MIN, CALLS_WANTED, LONGER_MAX = 20, 200, 2  # of a slow rate, whose window is longer for them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -104,6 +104,10 @@ class BudgetRun:
         disk.distinct_rows += rows
         disk.distinct_pages += pages
 
+    def by_token(self) -> tuple[np.ndarray, np.ndarray]:
+        """Entries that memory did not hold, and pages read, for each token looked up, in their order."""
+        return self._missed, self._pages
+
     def told(self) -> dict[str, Any]:
         """The figures; rates are shares of accesses, one for each token, table and order (or row)."""
         model, counts = self._model, self._kinds.sum(axis=0)

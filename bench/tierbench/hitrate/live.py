@@ -23,7 +23,7 @@ from tierbench.hitrate.model import Model
 
 PART_BYTES = 512 << 10  # of one look-up's answer
 SETTLING_S = 5.0  # what a client found in shared memory is counted a little later
-COUNTERS = ("dram_hits", "dram_misses", "records_read", "nvme_bytes")
+COUNTERS = ("dram_hits", "dram_misses", "records_read", "nvme_pages", "nvme_bytes")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def replay_live(client: Client, model: Model, stream: TokenStream, progress: Cal
             start = end
         accesses += start
         progress(start // model.entries_per_token)
-    counted = _settled(client, before, accesses)
+    counted = settled(client, before, accesses)
     return Live(
         counted["dram_hits"] / accesses,
         counted["records_read"] / accesses,
@@ -102,7 +102,7 @@ def replay_live(client: Client, model: Model, stream: TokenStream, progress: Cal
     )
 
 
-def _settled(client: Client, before: dict[str, int], accesses: int) -> dict[str, int]:
+def settled(client: Client, before: dict[str, int], accesses: int) -> dict[str, int]:
     """What was counted, once all of it is. Raises Unavailable where others use the daemon too."""
     end = time.monotonic() + SETTLING_S
     while True:

@@ -28,7 +28,8 @@ CONSTANT, POISSON = "constant", "poisson"
 ARRIVALS = (CONSTANT, POISSON)
 CALLS_MAX = 1 << 20  # of one caller in one window: 24 MiB
 PR_SET_TIMERSLACK = 29
-NEVER = -(1 << 62)
+NEVER, FOREVER = -(1 << 62), 1 << 62
+SPIN_NS = 50_000
 Call = Callable[[int], Any]  # number of the call
 Clock = Callable[[], int]
 Wait = Callable[[int], int]  # a time in ns -> the time when it returned, not before
@@ -142,3 +143,10 @@ def run_window(call: Call, due_ns: np.ndarray, end_ns: int, *, clock: Clock, wai
         number += 1
     begun, over = np.frombuffer(started, np.int64), np.frombuffer(ended, np.int64)
     return Window(due_ns, begun[:number], over[:number], end_ns)
+
+
+def run_paced(call: Call, due_ns: np.ndarray) -> Window:
+    """All of the calls in this thread, due int64 [n] ns after now, however late they get."""
+    ask_for_exact_timers()
+    due = due_ns + time.monotonic_ns()
+    return run_window(call, due, FOREVER, clock=time.monotonic_ns, wait=sleeper(SPIN_NS))

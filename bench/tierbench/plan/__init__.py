@@ -1,0 +1,1 @@
+"""`tierbench plan`: which budgets meet a target on a machine, and which of them costs least."""
