@@ -9,7 +9,14 @@ never run on a GPU yet.
 """
 
 from engram_client.gpu.pinned import PinnedRing, pinned_bytes
-from engram_client.gpu.probe import KernelGroup, as_device, capturing, triton_missing
+from engram_client.gpu.probe import (
+    KernelGroup,
+    as_device,
+    capturing,
+    made_current,
+    out_of_memory,
+    triton_missing,
+)
 from engram_client.gpu.streams import Event, SideStream, record_current, side_stream
 
 __all__ = [
@@ -19,6 +26,8 @@ __all__ = [
     "SideStream",
     "as_device",
     "capturing",
+    "made_current",
+    "out_of_memory",
     "pinned_bytes",
     "record_current",
     "side_stream",

@@ -25,6 +25,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -40,6 +41,16 @@ def as_device(device: torch.device | str, what: str = "device") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         said = str(error).strip().partition("\n")[0]
         raise BadRequest(f'{what} {device} cannot be used: {said}; name another, such as "cpu"') from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch had no memory for what was asked of it, on a GPU or on the host."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def made_current(device: torch.device) -> AbstractContextManager[object]:
+    """While it holds, kernels are launched on `device`: Triton asks torch which one is current."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def capturing(device: torch.device) -> bool:

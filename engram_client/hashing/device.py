@@ -1,4 +1,7 @@
-"""Hashing where the token ids are: `NgramHashMapping` in torch operations, on any device.
+"""Hashing where the token ids are: `NgramHashMapping` on any device.
+
+On CUDA one kernel makes all keys (`device_kernels.py`), where its trial says that it does; elsewhere, and
+where Triton is missing, `hash_tokens` does the same in torch operations.
 
 The same keys and row ids, bit for bit, as the compiled kernels give on the CPU. Products of ids and
 multipliers stay below 2^63 (`check_scheme` holds schemes to it), so signed 64-bit arithmetic is
@@ -17,12 +20,14 @@ of it can be captured in a CUDA graph; fold and windows are tensors that stay wh
 What cannot be done without waiting is to raise for an id outside the vocabulary. Each n-gram that
 reads such an id gets the key -2 instead, and rows of -2, which every look-up refuses as IdOutOfRange.
 
-Checked on CPU tensors, and on meta tensors, which hold no values to read; not yet run on a GPU.
+Checked on CPU tensors, by Triton's interpreter, and on meta tensors, which hold no values to read; not yet
+run on a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,11 +35,13 @@ import torch
 from torch import Tensor
 
 from engram_client.errors import BadRequest
+from engram_client.gpu.probe import KernelGroup, made_current
 from engram_client.hashing.inputs import Int64Array
 from engram_client.spec import HashScheme
 
 REFUSED = -2  # the key of an n-gram that reads an id outside the vocabulary
 ID_DTYPES = (torch.int64, torch.int32)
+BLOCK = 256  # positions of one program
 
 
 def hash_tokens(
@@ -74,6 +81,61 @@ def hash_tokens(
     return torch.stack(keys, dim=-1)
 
 
+def launch_hashing(
+    tokens: Tensor,
+    dead: Tensor | None,
+    history: Tensor | None,
+    fold: Tensor | None,
+    rules: Tensor,
+) -> Tensor:
+    """`hash_tokens` by the kernel, for tokens int64 or int32; `rules` as `device_kernels` draws them."""
+    from engram_client.hashing.device_kernels import hash_all
+
+    orders, positions = len(rules) - 4, tokens.numel()
+    keys = torch.empty((*tokens.shape, orders), dtype=torch.int64, device=tokens.device)
+    if positions:
+        tokens = tokens.contiguous()
+        with made_current(tokens.device):
+            hash_all[(-(-positions // BLOCK),)](
+                *hash_inputs(tokens, dead, history, fold), rules, keys, positions, tokens.shape[1],
+                HAS_DEAD=dead is not None, SPAN=0 if history is None else history.shape[1],
+                HAS_FOLD=fold is not None, NGRAM=orders + 1, BLOCK=BLOCK,
+            )  # fmt: skip
+    return keys
+
+
+def hash_inputs(
+    tokens: Tensor, dead: Tensor | None, history: Tensor | None, fold: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As kernels take them: contiguous, and something where nothing is, which they do not read."""
+    return (
+        tokens,
+        tokens if dead is None else dead.contiguous().view(torch.uint8),
+        tokens if history is None else history,
+        tokens if fold is None else fold,
+    )
+
+
+def _try_hashing(device: torch.device) -> None:
+    """Two sequences with a fold, dead and foreign ids and a lookback, in both dtypes."""
+    rules = torch.tensor([5, 1, 3, 3, 5, 7, 11], device=device)
+    fold = torch.tensor([0, 1, 1, 2, 3], device=device)
+    tokens = torch.tensor([[0, 1, 2, 3, 4, 0, 1], [4, 9, 2, 2, -1, 1, 0]], device=device)
+    dead = tokens == 2
+    history = torch.tensor([[-1, -1, 3], [0, -2, 1]], device=device)
+    for ids in (tokens, tokens.int()):
+        for mask, before, folded in ((None, None, None), (dead, history, fold)):
+            limits, multipliers = rules[:3].tolist(), rules[3:].tolist()
+            expected = hash_tokens(tokens, mask, before, folded, limits, multipliers)
+            if not torch.equal(launch_hashing(ids, mask, before, folded, rules), expected):
+                raise ValueError("the kernel gave other keys than torch operations do")
+
+
+HASHING = KernelGroup(
+    "hashing of token ids", "some fifty small operations a layer instead of one", _try_hashing
+)
+
+
 def rows_of_keys(keys: Tensor, sizes: Tensor, offsets: Tensor) -> Tensor:
     """Row ids int64 [..., orders*heads] of n-gram keys int64 [..., orders]; negative keys as they are.
 
@@ -81,6 +143,19 @@ def rows_of_keys(keys: Tensor, sizes: Tensor, offsets: Tensor) -> Tensor:
     """
     each = keys.unsqueeze(-1)
     return torch.where(each < 0, each, each.clamp(min=0) % sizes + offsets).flatten(-2)
+
+
+@dataclass(frozen=True)
+class HashInputs:
+    """Tokens [B,T] as they came, int64 or int32, dead bool [B,T], history int64 [B,L], and how to "
+    "hash them."""
+
+    tokens: Tensor
+    dead: Tensor | None
+    history: Tensor | None
+    fold: Tensor | None
+    rules: Tensor
+    layer_id: int
 
 
 class DeviceHashMapping:
@@ -102,6 +177,10 @@ class DeviceHashMapping:
         self._schemes, self._limits = schemes, limits
         self.raw_vocab_size = limits[self.layer_ids[0]][0]
         self._fold = torch.from_numpy(np.array(fold)).to(device) if fold.size else None
+        self._rules = {
+            layer: torch.tensor([*limits[layer], *map(int, scheme.multipliers)], device=device)
+            for layer, scheme in schemes.items()
+        }
         self._heads = {
             layer: (torch.tensor(s.head_sizes, device=device), torch.tensor(s.head_offsets, device=device))
             for layer, s in schemes.items()
@@ -124,14 +203,36 @@ class DeviceHashMapping:
         As `NgramHashMapping.ngram_keys`, but that an n-gram that reads an id outside the vocabulary
         gets the key -2. Raises BadRequest for another dtype, shape, device or layer.
         """
+        hashed = self.inputs(token_ids, layer_id, dead, lookback=lookback)
+        if HASHING.serves(self.device):
+            keys = launch_hashing(hashed.tokens, hashed.dead, hashed.history, hashed.fold, hashed.rules)
+        else:
+            keys = self.hash_plainly(hashed)
+        return keys if token_ids.ndim == 2 else keys.squeeze(0)
+
+    def inputs(
+        self,
+        token_ids: Tensor,
+        layer_id: int,
+        dead: Tensor | None = None,
+        *,
+        lookback: DeviceLookback | None = None,
+    ) -> HashInputs:
+        """What `ngram_keys` is told, checked: for kernels that hash what they look up."""
         if layer_id not in self._schemes:
             raise BadRequest(f"no hash scheme for layer {layer_id}; there are {list(self.layer_ids)}")
         tokens = _as_tokens(token_ids, self.device)
         mask = None if dead is None else _as_dead(dead, token_ids)
         history = None if lookback is None else lookback.window_for(self, len(tokens))
-        multipliers = self._schemes[layer_id].multipliers
-        keys = hash_tokens(tokens, mask, history, self._fold, self._limits[layer_id], multipliers)
-        return keys if token_ids.ndim == 2 else keys.squeeze(0)
+        return HashInputs(tokens, mask, history, self._fold, self._rules[layer_id], layer_id)
+
+    def hash_plainly(self, hashed: HashInputs) -> Tensor:
+        """N-gram keys int64 [B,T,orders], in torch operations."""
+        layer = hashed.layer_id
+        limits, multipliers = self._limits[layer], self._schemes[layer].multipliers
+        return hash_tokens(
+            hashed.tokens.long(), hashed.dead, hashed.history, hashed.fold, limits, multipliers
+        )
 
     def row_ids(
         self,
@@ -170,7 +271,7 @@ class DeviceLookback:
         `lengths` int [batch] steps over only the first so many tokens of each sequence. A length
         outside 0..T makes all that the sequence looks back on -2, so its next keys are refused.
         """
-        tokens = _as_tokens(token_ids, self.ids.device)
+        tokens = _as_tokens(token_ids, self.ids.device).long()
         self._check_batch(len(tokens))
         foreign = (tokens < 0) | (tokens >= self._vocab_size)
         marked = torch.where(foreign, REFUSED, tokens)
@@ -231,12 +332,12 @@ def _check(
 
 
 def _as_tokens(token_ids: Any, device: torch.device) -> Tensor:
-    """[B,T] or [T] as int64 [B,T]."""
+    """[B,T] or [T] as [B,T]."""
     shape = tuple(getattr(token_ids, "shape", ()))
     if isinstance(token_ids, Tensor) and len(shape) not in (1, 2):
         raise BadRequest(f"token_ids must be [B,T] or [T], got shape {list(shape)}")
     _check(token_ids, "token_ids", ID_DTYPES, shape, device)
-    return (token_ids if len(shape) == 2 else token_ids.unsqueeze(0)).long()
+    return token_ids if len(shape) == 2 else token_ids.unsqueeze(0)
 
 
 def _as_dead(dead: Any, token_ids: Tensor) -> Tensor:

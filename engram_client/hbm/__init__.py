@@ -6,7 +6,9 @@ keys = mapping.on_device("cuda").ngram_keys(token_ids, layer_id=1)
 rows = hot.lookup_ngrams(keys)              # uint8 [..., H, row_bytes], on the device
 """
 
-from engram_client.hbm.table import HbmHandle, HbmTable
+from engram_client.hbm.handle import HbmHandle
+from engram_client.hbm.misses import Misses
+from engram_client.hbm.table import HbmTable
 from engram_client.hbm.tier import HbmTier
 
-__all__ = ["HbmHandle", "HbmTable", "HbmTier"]
+__all__ = ["HbmHandle", "HbmTable", "HbmTier", "Misses"]

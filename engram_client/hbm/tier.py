@@ -7,38 +7,42 @@ from collections.abc import Iterable
 import torch
 
 from engram_client.errors import BadRequest, UnknownTable
-from engram_client.hbm.arena import HbmArena
+from engram_client.gpu.probe import as_device
 from engram_client.hbm.index import OWNERS_MAX
+from engram_client.hbm.memory import HbmMemory
 from engram_client.hbm.table import HbmTable, ids_per_line
 from engram_client.table import Table
 
+STAGING_BYTES = 16 << 20
+
 
 class HbmTier:
-    """Records of `tables` in the memory of `device`; look-ups go through `table(name)`.
+    """Records of `tables` in the memory of `device`; look-ups go through `table(name)`. Thread safe.
 
-    `tables` come from any client, must have records of one size, and compete for the budget: the index
-    is part of it. The device may be "cpu". Not thread-safe: all calls belong to one thread and one stream.
+    `tables` come from any client, must have records of one size, and compete for the budget: the index is
+    part of it. The device may be "cpu". `staging_bytes` of pinned host memory carry what the tier does not
+    hold. Where less than the budget is free, the tier takes less and says so.
 
-    Raises BadRequest for tables that do not go together, or a budget that is too small or not there.
+    Raises BadRequest for tables that do not go together, a budget that is too small, or no such device.
     """
 
     def __init__(
-        self, tables: Iterable[Table], *, budget_bytes: int, device: torch.device | str = "cuda"
+        self,
+        tables: Iterable[Table],
+        *,
+        budget_bytes: int,
+        device: torch.device | str = "cuda",
+        staging_bytes: int = STAGING_BYTES,
     ) -> None:
         tables = list(tables)
         record_bytes = _record_bytes(tables)
-        try:
-            self.device = torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError) as error:
-            raise BadRequest(
-                f"the HBM tier cannot use device {device}: {error}; name another with device=, or look rows "
-                "up with the tables themselves"
-            ) from error
-        self._arena = HbmArena(record_bytes, budget_bytes, self.device)
+        self.device = as_device(device, "the HBM tier's device")
+        columns_max = max(ids_per_line(table.spec) for table in tables)
+        self._memory = HbmMemory(record_bytes, columns_max, budget_bytes, staging_bytes, self.device)
         self._tables: dict[str, HbmTable] = {}
         owner = 0
         for table in tables:
-            self._tables[table.spec.name] = HbmTable(table, self._arena, owner)
+            self._tables[table.spec.name] = HbmTable(table, self._memory, owner)
             owner += ids_per_line(table.spec)
 
     def table(self, name: str) -> HbmTable:
@@ -50,17 +54,28 @@ class HbmTier:
                 f"the HBM tier was not made for table {name!r}; it has {sorted(self._tables)}"
             ) from None
 
-    def resize(self, budget_bytes: int) -> None:
+    def resize(self, budget_bytes: int, *, graphs_are_gone: bool = False) -> None:
         """Change the budget; of what is held, what fits is kept: the pinned, then the most read.
 
-        Until it returns the old memory is taken as well. A graph captured before must be captured anew.
-        Raises BadRequest and changes nothing.
+        Until it returns the old memory is taken as well, and look-ups wait. Graphs that hold look-ups keep
+        the old memory's addresses: once one was captured, say `graphs_are_gone` when all of them are, and
+        capture anew. Raises BadRequest and changes nothing.
         """
-        self._arena.resize(budget_bytes)
+        if self._memory.arena.captured and not graphs_are_gone:
+            raise BadRequest(
+                "a CUDA graph was captured that reads this tier's memory, which resizing moves; drop "
+                "the graphs, "
+                "call resize(..., graphs_are_gone=True) and capture them anew"
+            )
+        self._memory.resize(budget_bytes)
+
+    def settle(self) -> None:
+        """Have the host wait until all records that look-ups have brought are let in or left out."""
+        self._memory.misses.settle()
 
     def stats(self) -> dict[str, int]:
         """`hbm_hits`, `hbm_misses` and others, in records since the start; waits for the device."""
-        return self._arena.stats()
+        return self._memory.stats()
 
 
 def _record_bytes(tables: list[Table]) -> int:

@@ -14,7 +14,7 @@ from engram_client import Client, connect
 from engram_client.errors import BadRequest, Cancelled, IdOutOfRange, UnknownTable
 from engram_client.hashing import NgramHashMapping
 from engram_client.hbm import HbmTier
-from engram_client.hbm.table import distinct_lines
+from engram_client.hbm.misses import Misses, distinct_lines
 from engram_client.modules import EngramLookup
 from tests.support.daemon import Daemon
 from tests.support.stores import (
@@ -51,6 +51,16 @@ def client(
 
 def tier_of(client: Client, *names: str, budget_bytes: int = 1 << 20) -> HbmTier:
     return HbmTier([client.table(name) for name in names], budget_bytes=budget_bytes, device="cpu")
+
+
+def missing_of(misses: Misses) -> np.ndarray:
+    """bool [n]; checks the list against the keys it was made of."""
+    count = int(misses.count[0])
+    pairs = misses.found[1 : 1 + 2 * count].view(-1, 2).numpy()
+    missing = np.zeros(len(misses.keys), np.bool_)
+    missing[pairs[:, 0]] = True
+    assert np.array_equal(misses.keys.numpy()[pairs[:, 0]], pairs[:, 1]) and missing.sum() == count
+    return missing
 
 
 def few_keys(packed: PackedStore, name: str, count: int, seed: int) -> np.ndarray:
@@ -100,8 +110,7 @@ def test_row_addressed_tables(client: Client, packed: PackedStore, name: str) ->
         out = torch.empty(expected.shape, dtype=torch.uint8)
         hot.lookup_into(torch.from_numpy(ids).int(), out)
         assert np.array_equal(out.numpy(), expected)
-        missing = hot.hits_into(torch.from_numpy(ids), out)
-        assert missing.shape == ids.shape
+        assert not missing_of(hot.hits_into(torch.from_numpy(ids), out)).any()
 
 
 def test_a_repeated_record_is_asked_for_once(client: Client, packed: PackedStore) -> None:
@@ -122,8 +131,9 @@ def test_hits_alone_tell_what_is_missing(client: Client, packed: PackedStore) ->
         np.concatenate([known, unknown, np.full_like(known, -1), np.full_like(known, -2)])
     )
     out = torch.full((32, 24, 264), 7, dtype=torch.uint8)
-    missing = hot.hits_into(keys, out)
-    assert missing.tolist() == [[False] * 3] * 8 + [[True] * 3] * 8 + [[False] * 3] * 8 + [[True] * 3] * 8
+    misses = hot.hits_into(keys, out)
+    expected = [[False] * 3] * 8 + [[True] * 3] * 8 + [[False] * 3] * 8 + [[True] * 3] * 8
+    assert missing_of(misses).reshape(32, 3).tolist() == expected
     assert np.array_equal(out[:8].numpy(), oracle.lookup_ngrams(known))
     assert not out[8:].any()
 
@@ -135,7 +145,7 @@ def test_pinned_records_stay(client: Client, packed: PackedStore) -> None:
     for seed in range(5):
         hot.lookup_ngrams(random_keys(oracle, 200, 50 + seed))
     out = torch.empty((10, 24, 264), dtype=torch.uint8)
-    assert not hot.hits_into(torch.from_numpy(profile), out).any()
+    assert not missing_of(hot.hits_into(torch.from_numpy(profile), out)).any()
     assert np.array_equal(out.numpy(), oracle.lookup_ngrams(profile))
     assert tier.stats()["hbm_pinned"] == 30
 
@@ -269,7 +279,7 @@ class TestRefusals:
             tier_of(client)
         with pytest.raises(BadRequest, match="too small"):
             tier_of(client, V41, budget_bytes=1000)
-        with pytest.raises(BadRequest, match="cannot use device"):
+        with pytest.raises(BadRequest, match="no-such-device cannot be used"):
             HbmTier([client.table(V41)], budget_bytes=1 << 20, device="no-such-device")
         with pytest.raises(UnknownTable, match="not made for table 'x'"):
             tier_of(client, V41).table("x")

@@ -141,19 +141,6 @@ def test_extent(capsys: pytest.CaptureFixture[str], data: Path) -> None:
     assert ours["by_part"][-1]["filled"] == pytest.approx(ours["extent_filled"], rel=0.2)
 
 
-def test_hbm(capsys: pytest.CaptureFixture[str], data: Path) -> None:
-    sizes = ["--device", "cpu", "--arena-bytes", "2MiB", "--rows", "800", "--tokens", "100"]
-    found = figures(capsys, data, "hbm", "--windows", "2", "--window-s", "0.02", *sizes)
-    assert found["hits"]["rows_a_batch"] == 800
-    assert found["hits"]["held_records"] > 600
-    assert_pairs(found["hits"]["over_index_select"])
-    assert_pairs(found["hits"]["over_copy"])
-    assert_pairs(found["hashing"]["over_kernel"])
-    assert found["hits"]["waits_for_the_device"] == "not a GPU"
-    assert cli.main(["hbm", "--dir", str(data), "--device", "no-such-device"]) == 2
-    assert "--device no-such-device" in capsys.readouterr().err
-
-
 TEXT = ["--rows-per-head", "2000", "--windows", "2", "--tokens", "20000"]
 
 
