@@ -53,7 +53,7 @@ class Copying:
         words = self.record_bytes // self.unit.itemsize
         head = power_of_two(words + 1) // 2
         tail = power_of_two(words - head) if words > head else 0
-        records = max(1, min(16, REGISTER_BYTES // power_of_two(self.record_bytes)))
+        records = max(1, min(16, REGISTER_BYTES // (head * self.unit.itemsize)))
         return {"RECORDS": records, "WORDS": words, "HEAD": head, "TAIL": tail}
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -16,10 +19,14 @@ ALIGNED = [["tt.divisibility", 16]]
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the assembler made of a kernel. spills_bytes: of a thread, for want of registers."""
+    """What a compiler and an assembler made of a kernel.
+
+    registers, spilled_bytes: of a thread
+    """
 
     ptx: str
-    cubin: bytes
+    registers: int
+    spilled_bytes: int
 
     def widths(self, operation: str) -> list[int]:
         """Bytes of each global access of a kind, "ld" or "st", in the order of the code."""
@@ -45,4 +52,15 @@ def compiled(kernel: Any, warps: int = 4, **arguments: Any) -> Compiled:
     aligned = {(i,): ALIGNED for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     made = triton.compile(source, target=SM_90, options={"num_warps": warps})
-    return Compiled(made.asm["ptx"], made.asm["cubin"])
+    told = _resources(made.asm["cubin"])
+    return Compiled(made.asm["ptx"], told["REG"], told["STACK"] + told["LOCAL"])
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """What the assembler says of a kernel: REG, STACK, LOCAL and others."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", told.stdout + told.stderr)}

@@ -1,13 +1,13 @@
 """The HBM tier's replacement as a replay at speed: `engram_client.hbm`, entry by entry, without torch.
 
-The tier stands before all others and sees a look-up whole: which entries it holds, then one read counted
-for each record it held, then its misses, each once, offered to it in order of owner and key. A set of 16
-ways takes at most four of them a look-up. The victim is the record with the fewest reads, the nearest to
-the hand among those; its count is taken off all others of the set. `engram_client/hbm/index.py` tells
-the rule and why; a test holds this to it.
+The tier stands before all others and sees a look-up whole: which entries it holds, which it marks as read,
+then its misses, each once, offered to it in the order in which the table is asked for them. A set of 16
+ways looks at no more than eight of them a look-up, and counts the marks of its records before the first.
+Then it is two queues and ghosts. `engram_client/hbm/replacement.py` tells the rule and why; a test holds
+this to it. (Misses of more than a staging buffer come in several batches, each with its eight; not here.)
 
 What the tier misses goes on as the table asks for it: each key once, the keys of an order ascending in
-their column, lines filled from the top (`engram_client.hbm.table.distinct_lines`). So the DRAM tier
+their column, lines filled from the top (`engram_client.hbm.misses.distinct_lines`). So the DRAM tier
 behind it sees another trace than it would alone, in another order.
 """
 
@@ -20,27 +20,27 @@ from engram_client.arena.layout import ORDER_BITS
 from tierbench.policy.compiled import simulator
 from tierbench.policy.product import HELD, ROOM
 
-# Those of engram_client.hbm.index, which cannot be imported without torch; a test holds them to it.
+# Those of engram_client.hbm, which cannot be imported without torch; a test holds them to it.
 WAYS = 16
-ADMISSIONS_PER_SET = 4
-COUNT_MAX = 3
-FRESH = 126
-INDEX_BYTES_PER_SET = WAYS * (8 + 2 + 1) + 1
+ADMISSIONS_PER_SET = 8
+TRIAL_WAYS = 3
+UNREAD, READ, MAIN, MAIN_READ = 0, 1, 2, 6
+INDEX_BYTES_PER_SET = WAYS * (8 + 2 + 1 + 1 + 2) + 1 + 4
 
-NEVER = 1 << 20  # costs more than any way
-READ_NOW = 64  # added to a count until the look-up is over
 AHEAD = 16  # entries; a power of two
 ORDER_MASK = (1 << ORDER_BITS) - 1
 
 
 def sets_within(budget_bytes: int, record_bytes: int) -> int:
-    """Sets that a budget holds records in; below 1 it is too small. One more set holds none."""
-    return budget_bytes // (WAYS * record_bytes + INDEX_BYTES_PER_SET) - 1
+    """Sets that a budget holds records in; below 1 it is too small. One set more, and one record, "
+    "hold none."""
+    set_bytes = WAYS * record_bytes + INDEX_BYTES_PER_SET
+    return (budget_bytes - record_bytes - INDEX_BYTES_PER_SET) // set_bytes
 
 
 def smallest_bytes(record_bytes: int) -> int:
     """The smallest budget that holds a record."""
-    return 2 * (WAYS * record_bytes + INDEX_BYTES_PER_SET)
+    return (WAYS + 1) * record_bytes + 2 * INDEX_BYTES_PER_SET
 
 
 class HbmReplay:
@@ -54,7 +54,10 @@ class HbmReplay:
         self._width = width
         self._keys = np.full((self.sets, WAYS), -1, np.int64)
         self._owners = np.zeros((self.sets, WAYS), np.int16)
-        self._counts = np.zeros((self.sets, WAYS), np.int8)
+        self._queues = np.zeros((self.sets, WAYS), np.uint8)
+        self._places = np.tile(np.arange(WAYS, dtype=np.uint8), (self.sets, 1))
+        self._touched = np.zeros((self.sets, WAYS), np.uint8)
+        self._ghosts = np.zeros((self.sets, WAYS), np.int16)
         self._hands = np.zeros(self.sets, np.int8)
 
     def look_up(
@@ -69,21 +72,30 @@ class HbmReplay:
         asked_keys, asked_owners = np.empty(keys.size, np.int64), np.empty(keys.size, np.int64)
         asked_ends, source = np.empty_like(ends), np.empty(keys.size, np.int64)
         count = _replay(
-            self._keys, self._owners, self._counts, self._hands, self._width, keys, owners, ends,
-            outcome, asked_keys, asked_owners, asked_ends, source,
+            self._keys, self._owners, self._queues, self._places, self._touched, self._ghosts, self._hands,
+            self._width, keys, owners, ends, outcome, asked_keys, asked_owners, asked_ends, source,
         )  # fmt: skip
         return asked_keys[:count], asked_owners[:count], asked_ends, source
 
 
 @simulator
-def _set_of(key, owner, sets):
-    """Which set; the products of 32 and 31 bits stay below 2^63."""
+def _mix(key, owner):
+    """The products of 32 and 31 bits stay below 2^63."""
     mixed = key ^ (owner * 0x2545F491)
     mixed = ((mixed & 0xFFFFFFFF) * 0x5851F42D) ^ ((mixed >> 32) * 0x14057B7F)
     mixed ^= mixed >> 29
     mixed = ((mixed & 0xFFFFFFFF) * 0x6C078965) ^ ((mixed >> 32) * 0x3C6EF35F)
-    mixed ^= mixed >> 29
-    return (((mixed >> 31) & 0x7FFFFFFF) * sets) >> 31
+    return mixed ^ (mixed >> 29)
+
+
+@simulator
+def _set_of(key, owner, sets):
+    return (((_mix(key, owner) >> 31) & 0x7FFFFFFF) * sets) >> 31
+
+
+@simulator
+def _fingerprint(key, owner):
+    return max(1, _mix(key, owner) & 0x7FFF)
 
 
 @simulator
@@ -93,70 +105,97 @@ def _own(owner, width):
 
 
 @simulator
-def _ask_for(set_keys, set_owners, set_counts, key, owner):
+def _ask_for(set_keys, set_owners, touched, key, owner):
     which = _set_of(key, owner, len(set_keys))
     line = np.int64(set_keys.ctypes.data) + which * (8 * WAYS)
     prefetch_line(line)
     prefetch_line(line + 64)
     prefetch_line(np.int64(set_owners.ctypes.data) + which * (2 * WAYS))
-    prefetch_line(np.int64(set_counts.ctypes.data) + which * WAYS)
+    prefetch_line(np.int64(touched.ctypes.data) + which * WAYS)
     return which
 
 
 @simulator
-def _take(set_keys, set_owners, set_counts, hands, which, key, owner):
-    """Give a newcomer the way that the clock gives it, if there is one."""
-    lowest, way = NEVER, 0
+def _way_of(set_keys, set_owners, which, key, owner):
     for w in range(WAYS):
-        if set_counts[which, w] >= FRESH:
-            continue
-        distance = (w - hands[which]) & (WAYS - 1)
-        empty = set_keys[which, w] == -1
-        cost = distance - WAYS if empty else np.int64(set_counts[which, w]) * WAYS + distance
-        if cost < lowest:
-            lowest, way = cost, w
-    if lowest == NEVER:
-        return
-    if lowest >= 0:
-        rounds = lowest // WAYS
-        for w in range(WAYS):
-            if set_counts[which, w] < FRESH:
-                set_counts[which, w] -= rounds
-        hands[which] = (way + 1) % WAYS
-    set_keys[which, way], set_owners[which, way], set_counts[which, way] = key, owner, FRESH
+        if set_keys[which, w] == key and set_owners[which, w] == owner:
+            return w
+    return -1
 
 
 @simulator
-def _find(set_keys, set_owners, set_counts, hands, width, keys, owners, start, end, outcome, misses, touched):
-    """Look for all entries first, then count reads; returns how many were missing and how many read."""
+def _count_reads(queues, touched, which):
+    for w in range(WAYS):
+        if touched[which, w]:
+            touched[which, w] = 0
+            queues[which, w] = READ if queues[which, w] < MAIN else min(queues[which, w] + 1, MAIN_READ)
+
+
+@simulator
+def _oldest(queues, places, which):
+    """The way whose turn it is in a set that is full."""
+    small = main = -1
+    smalls = 0
+    for w in range(WAYS):
+        if queues[which, w] < MAIN:
+            smalls += 1
+            if small < 0 or places[which, w] < places[which, small]:
+                small = w
+        elif main < 0 or places[which, w] < places[which, main]:
+            main = w
+    return small if smalls >= TRIAL_WAYS or main < 0 else main
+
+
+@simulator
+def _make_newest(queues, places, which, way, queue):
+    for w in range(WAYS):
+        if places[which, w] > places[which, way]:
+            places[which, w] -= 1
+    places[which, way], queues[which, way] = WAYS - 1, queue
+
+
+@simulator
+def _take(set_keys, set_owners, queues, places, ghosts, hands, which, key, owner):
+    """Let a newcomer in that the set does not hold."""
+    known, way = False, -1
+    for w in range(WAYS):
+        if ghosts[which, w] == _fingerprint(key, owner):
+            known, ghosts[which, w] = True, 0
+        if way < 0 and set_keys[which, w] == -1:
+            way = w
+    if way < 0:
+        way = _oldest(queues, places, which)
+        while queues[which, way] != UNREAD and queues[which, way] != MAIN:
+            queue = MAIN if queues[which, way] == READ else queues[which, way] - 1
+            _make_newest(queues, places, which, way, queue)
+            way = _oldest(queues, places, which)
+        hands[which] = (hands[which] + 1) % WAYS
+        ghosts[which, hands[which]] = _fingerprint(set_keys[which, way], np.int64(set_owners[which, way]))
+    _make_newest(queues, places, which, way, MAIN if known else UNREAD)
+    set_keys[which, way], set_owners[which, way] = key, owner
+
+
+@simulator
+def _find(set_keys, set_owners, touched, width, keys, owners, start, end, outcome, misses):
+    """Look for all entries and mark what is read; returns how many were missing."""
     sets_ahead = np.empty(AHEAD, np.int64)
-    missing = read = 0
+    missing = 0
     for i in range(start, min(start + AHEAD, end)):
-        sets_ahead[i & AHEAD - 1] = _ask_for(
-            set_keys, set_owners, set_counts, keys[i], _own(owners[i], width)
-        )
+        sets_ahead[i & AHEAD - 1] = _ask_for(set_keys, set_owners, touched, keys[i], _own(owners[i], width))
     for i in range(start, end):
         which, owner = sets_ahead[i & AHEAD - 1], _own(owners[i], width)
         if i + AHEAD < end:
             sets_ahead[i & AHEAD - 1] = _ask_for(
-                set_keys, set_owners, set_counts, keys[i + AHEAD], _own(owners[i + AHEAD], width)
+                set_keys, set_owners, touched, keys[i + AHEAD], _own(owners[i + AHEAD], width)
             )
-        found = -1
-        for w in range(WAYS):
-            if set_keys[which, w] == keys[i] and set_owners[which, w] == owner:
-                found = w
+        found = _way_of(set_keys, set_owners, which, keys[i], owner)
         if found < 0:
             misses[missing] = i
             missing += 1
-            continue
-        outcome[i] = HELD
-        if set_counts[which, found] < READ_NOW:
-            set_counts[which, found] = min(COUNT_MAX, set_counts[which, found] + 1) + READ_NOW
-            touched[read] = which * WAYS + found
-            read += 1
-    for r in range(read):
-        set_counts[touched[r] // WAYS, touched[r] % WAYS] -= READ_NOW
-    return missing, read
+        else:
+            outcome[i] = HELD
+            touched[which, found] = 1
+    return missing
 
 
 @simulator
@@ -208,46 +247,43 @@ def _ask_table(keys, owners, misses, width, first, asked_keys, asked_owners, sou
 
 @simulator
 def _replay(
-    set_keys, set_owners, set_counts, hands, width, keys, owners, ends, outcome, asked_keys, asked_owners,
-    asked_ends, source,
+    set_keys, set_owners, queues, places, touched, ghosts, hands, width, keys, owners, ends, outcome,
+    asked_keys, asked_owners, asked_ends, source,
 ):  # fmt: skip
     start = longest = 0
     for end in ends:
         longest, start = max(longest, end - start), end
-    misses, touched = np.empty(longest, np.int64), np.empty(longest, np.int64)
+    misses = np.empty(longest, np.int64)
     taken = np.zeros(len(set_keys), np.uint8)  # newcomers of this look-up, by set
     asked = start = 0
     for lookup in range(ends.size):
         end = ends[lookup]
         source[start:end] = -1
-        missing, _ = _find(
-            set_keys, set_owners, set_counts, hands, width, keys, owners, start, end, outcome, misses, touched
-        )
+        missing = _find(set_keys, set_owners, touched, width, keys, owners, start, end, outcome, misses)
         first = asked
         if missing:
             asked = _ask_table(keys, owners, misses[:missing], width, first, asked_keys, asked_owners, source)
             _admit(
-                set_keys, set_owners, set_counts, hands, width, asked_keys, asked_owners, first, asked, taken
-            )
+                set_keys, set_owners, queues, places, touched, ghosts, hands, width, asked_keys, asked_owners,
+                first, asked, taken,
+            )  # fmt: skip
         asked_ends[lookup] = asked
         start = end
     return asked
 
 
 @simulator
-def _admit(set_keys, set_owners, set_counts, hands, width, keys, owners, first, last, taken):
-    """Offer records to their sets, order by order, keys ascending; what came in is fresh until the end."""
-    for column in range(width):
-        for i in range(first, last):
-            if owners[i] & ORDER_MASK == column:
-                owner = _own(owners[i], width)
-                which = _set_of(keys[i], owner, len(set_keys))
-                if taken[which] < ADMISSIONS_PER_SET:
-                    taken[which] += 1
-                    _take(set_keys, set_owners, set_counts, hands, which, keys[i], owner)
+def _admit(
+    set_keys, set_owners, queues, places, touched, ghosts, hands, width, keys, owners, first, last, taken
+):  # fmt: skip
+    """Offer records to their sets, in the order in which they were asked for."""
     for i in range(first, last):
-        which = _set_of(keys[i], _own(owners[i], width), len(set_keys))
-        taken[which] = 0
-        for w in range(WAYS):
-            if set_counts[which, w] == FRESH:
-                set_counts[which, w] = 0
+        owner = _own(owners[i], width)
+        which = _set_of(keys[i], owner, len(set_keys))
+        if taken[which] == 0:
+            _count_reads(queues, touched, which)
+        if taken[which] < ADMISSIONS_PER_SET:
+            taken[which] += 1
+            _take(set_keys, set_owners, queues, places, ghosts, hands, which, keys[i], owner)
+    for i in range(first, last):
+        taken[_set_of(keys[i], _own(owners[i], width), len(set_keys))] = 0

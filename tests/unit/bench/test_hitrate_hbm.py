@@ -11,9 +11,10 @@ from tierbench.policy.product import HELD
 torch = pytest.importorskip("torch")
 
 from engram_client.errors import BadRequest  # noqa: E402
-from engram_client.hbm import index  # noqa: E402
-from engram_client.hbm.arena import HbmArena  # noqa: E402
-from engram_client.hbm.table import distinct_lines  # noqa: E402
+from engram_client.hbm import index, replacement  # noqa: E402
+from engram_client.hbm.arena import HbmArena, arena_bytes  # noqa: E402
+from engram_client.hbm.misses import Lines  # noqa: E402
+from engram_client.hbm.operations import Keys  # noqa: E402
 
 RECORD_BYTES = 16
 LAYERS, ORDERS = 2, 3
@@ -34,22 +35,25 @@ class Product:
     """The client's tier without a service behind it: what its HbmTable does, on its arena."""
 
     def __init__(self, sets: int, width: int = ORDERS) -> None:
-        budget = (sets + 1) * (hbm.WAYS * RECORD_BYTES + hbm.INDEX_BYTES_PER_SET)
+        budget = arena_bytes(RECORD_BYTES, sets)
         self.arena, self.width = HbmArena(RECORD_BYTES, budget, torch.device("cpu")), width
 
     def look_up(self, keys: np.ndarray, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Which entries it has, and the lines that it asks the table for."""
-        flat, columns = keys.reshape(-1), np.arange(keys.size) % self.width
-        out = torch.empty((flat.size, RECORD_BYTES), dtype=torch.uint8)
-        owners = torch.from_numpy(layer * self.width + columns).short()
-        missing = self.arena.lookup_into(torch.from_numpy(flat.copy()), owners, out).numpy()
-        if not missing.any():
-            return ~missing, np.zeros((0, self.width), np.int64)
-        lines, _ = distinct_lines(flat[missing], columns[missing], self.width)
+        asked = Keys(torch.from_numpy(keys.reshape(-1).copy()), layer * self.width, self.width)
+        out = torch.empty((keys.size, RECORD_BYTES), dtype=torch.uint8)
+        found = torch.empty(3 + 2 * keys.size, dtype=torch.int64)
+        self.arena.lookup_into(asked, out, found)
+        pairs = found[1 : 1 + 2 * int(found[0])].view(-1, 2).numpy()
+        here = np.ones(keys.size, np.bool_)
+        here[pairs[:, 0]] = False
+        if not len(pairs):
+            return here, np.zeros((0, self.width), np.int64)
+        lines = Lines.of(pairs, self.width).ids
         owners = torch.from_numpy(layer * self.width + np.arange(lines.size) % self.width).short()
         records = torch.zeros((lines.size, RECORD_BYTES), dtype=torch.uint8)
         self.arena.admit(torch.from_numpy(lines.reshape(-1).copy()), owners, records)
-        return ~missing, lines
+        return here, lines
 
 
 @pytest.mark.parametrize(("sets", "population"), [(1, 60), (7, 300), (40, 2_000)])
@@ -95,8 +99,12 @@ def test_rows_are_held_as_records_of_one() -> None:
 
 
 def test_its_numbers_are_the_clients() -> None:
-    for name in ("WAYS", "ADMISSIONS_PER_SET", "COUNT_MAX", "INDEX_BYTES_PER_SET"):
-        assert getattr(hbm, name) == getattr(index, name), name
+    for module, names in (
+        (index, ("WAYS", "INDEX_BYTES_PER_SET")),
+        (replacement, ("ADMISSIONS_PER_SET", "TRIAL_WAYS", "UNREAD", "READ", "MAIN", "MAIN_READ")),
+    ):
+        for name in names:
+            assert getattr(hbm, name) == getattr(module, name), name
 
 
 @pytest.mark.parametrize("record_bytes", [264, 1280, 2112])
