@@ -28,7 +28,7 @@ from typing import Any, Literal, TypeVar
 
 import lmdb
 
-from engram_client.errors import FormatError, StorageError, UnknownTable
+from engram_client.errors import BadRequest, FormatError, StorageError, UnknownTable
 from engram_client.spec import TableSpec
 
 FIRST_MAP_BYTES = 4 * 2**20  # grows by itself; a table takes a few KiB
@@ -94,6 +94,23 @@ class Catalog:
     def retired(self) -> list[CatalogEntry]:
         """Generations that were replaced and not forgotten yet, by name and generation."""
         return self._entries("retired")
+
+    def earlier(self, name: str, generation: str = "") -> CatalogEntry:
+        """The generation of a table that was replaced last, or the one that begins with `generation`.
+
+        Raises UnknownTable, BadRequest where there is none, or more than one begins so.
+        """
+        current = self.entry(name)
+        kept = [e for e in self.retired if e.spec.name == name]
+        found = [e for e in kept if e.spec.generation.startswith(generation)]
+        if not found or (generation and len(found) > 1):
+            have = ", ".join(e.spec.generation for e in kept) or "none"
+            count, which = "more than one" if found else "no", f"begins with {generation!r}"
+            raise BadRequest(
+                f"table {name!r} in {self.folder}: {count} earlier generation "
+                f"{which if generation else 'is kept'}; kept: {have}; current: {current.spec.generation}"
+            )
+        return max(found, key=lambda entry: entry.retired_unix_s or 0.0)
 
     def publish(self, spec: TableSpec, file_name: str) -> CatalogEntry | None:
         """Make `spec`, in `file_name` below the store directory, the current generation.

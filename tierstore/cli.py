@@ -19,6 +19,7 @@ COMMANDS = {
     "inspect": "say what a row file or store directory holds",
     "verify": "read every page and compare its checksum",
     "adopt": "take row files into the catalog that are not in it",
+    "rollback": "make an earlier generation of a table current again",
     "config": "check and show the configuration",
 }
 OK, FOUND_PROBLEM, USAGE, STORAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 4, 130

@@ -28,21 +28,30 @@ from tests.support.stores import (
     row_file,
     small_config,
 )
-from tierstore.config import Extent
+from tierstore.cli import main
+from tierstore.config import Extent, Serve
 from tierstore.packing import PackOptions, pack
 
 LATE = "packed-late"
 
 
 @pytest.fixture
-def live(packed: PackedStore, tmp_path: Path) -> Iterator[Daemon]:
-    """A daemon whose store, at tmp_path / "store", tests pack into."""
+def live(packed: PackedStore, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Daemon]:
+    """A daemon whose store, at tmp_path / "store", tests pack into; earlier generations go at once."""
     folder = packed.copy_to(tmp_path, own=(V41,))
     command = serve_command(
-        folder, serve_unix=tmp_path / "s", serve_tcp="127.0.0.1:0", extent_budget_bytes="4MiB", **SMALL
+        folder,
+        serve_unix=tmp_path / "s",
+        serve_tcp="127.0.0.1:0",
+        extent_budget_bytes="4MiB",
+        serve_earlier_generation_s=getattr(request, "param", 0),
+        **SMALL,
     )
     with running(command, tmp_path) as daemon:
         yield daemon
+
+
+in_time = pytest.mark.parametrize("live", [3600], indirect=True)  # for clients to move over
 
 
 def packed_late(folder: Path, store: Path) -> Oracle:
@@ -54,6 +63,14 @@ def packed_late(folder: Path, store: Path) -> Oracle:
 
 def generation_of(client: Client) -> str:
     return client.table(V41).spec.generation
+
+
+def is_over(table: Table, keys: np.ndarray) -> bool:
+    try:
+        table.lookup_ngrams(keys)
+    except errors.GenerationMismatch:
+        return True
+    return False
 
 
 def opened_files(daemon: Daemon) -> list[str]:
@@ -123,6 +140,80 @@ def test_a_new_generation_takes_over_on_sighup(packed: PackedStore, live: Daemon
         assert eventually(lambda: old_file not in opened_files(live))
 
 
+@in_time
+def test_both_generations_answer_until_clients_have_moved_over(
+    packed: PackedStore, live: Daemon, tmp_path: Path
+) -> None:
+    """In shared memory and over gRPC, hits and misses; and a rollback has them change places, warm."""
+    oracle, store = packed.oracles[V41], tmp_path / "store"
+    keys = random_keys(oracle, 60, seed=12)
+    old_rows = oracle.lookup_ngrams(keys)
+    with connect(live.unix) as client, connect(live.tcp) as remote:
+        old = [client.table(V41), remote.table(V41)]
+        assert np.array_equal(old[0].lookup_ngrams(keys[:30]), old_rows[:30])
+        anew = repacked_v41(tmp_path, store)
+        new_rows = anew.lookup_ngrams(keys)
+        live.signal(signal.SIGHUP)
+        assert eventually(lambda: generation_of(client) != old[0].spec.generation)
+        new = [client.table(V41), remote.table(V41)]
+
+        def both_are_right() -> bool:
+            return all(
+                np.array_equal(table.lookup_ngrams(keys), rows)
+                for tables, rows in ((old, old_rows), (new, new_rows))
+                for table in tables
+            )
+
+        assert both_are_right()
+        assert client.stats()["tables_earlier"] == 1
+
+        assert main(["rollback", str(store), V41, "--to", old[0].spec.generation[:8]]) == 0
+        live.signal(signal.SIGHUP)
+        assert eventually(lambda: generation_of(client) == old[0].spec.generation)
+        before = client.stats()
+        assert both_are_right()
+        assert np.array_equal(remote.table(V41).lookup_ngrams(keys), old_rows)
+        assert grown(client, before, "records_read") == {"records_read": 0}, "nothing was forgotten"
+
+        anew_again = repacked_v41(tmp_path / "again", store, seed=78)
+        live.signal(signal.SIGHUP)
+        assert eventually(lambda: generation_of(client) not in {t.spec.generation for t in (*old, *new)})
+        for table in new:  # of the two earlier ones, the elder
+            assert eventually(lambda table=table: is_over(table, keys))
+        assert np.array_equal(old[1].lookup_ngrams(keys), old_rows)
+        assert np.array_equal(client.table(V41).lookup_ngrams(keys), anew_again.lookup_ngrams(keys))
+
+
+def test_an_earlier_generation_has_its_time(packed: PackedStore, tmp_path: Path) -> None:
+    folder, keys = packed.copy_to(tmp_path, own=(V41,)), random_keys(packed.oracles[V41], 30, seed=13)
+    config = small_config(serve=Serve(earlier_generation_s=0.2))
+    with opened(folder, config) as device, connect(f"local:{folder}") as client:
+        table = client.table(V41)
+        for _ in range(2):
+            assert np.array_equal(table.lookup_ngrams(keys), packed.oracles[V41].lookup_ngrams(keys))
+        repacked_v41(tmp_path, folder)
+        assert device.store.reload() == [V41]
+        assert eventually(lambda: device.store.stats()["tables_earlier"] == 0)
+        with pytest.raises(errors.GenerationMismatch):
+            table.lookup_ngrams(keys)  # though DRAM still holds them
+
+
+def test_rolling_back_what_is_not_there(
+    packed: PackedStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = packed.copy_to(tmp_path, own=(V41,))
+    assert main(["rollback", str(folder), "nothing"]) == 2
+    assert main(["rollback", str(folder), V41]) == 2
+    told = capsys.readouterr().err
+    assert "no table 'nothing'" in told
+    assert "no earlier generation is kept; kept: none" in told
+    old = row_file(folder, V41)
+    repacked_v41(tmp_path, folder)
+    old.write_bytes(b"nonsense")
+    assert main(["rollback", str(folder), V41]) == 3
+    assert "is not a row file" in capsys.readouterr().err
+
+
 def test_a_request_ends_with_the_generation_it_began_with(
     packed: PackedStore, obedient: Daemon, tmp_path: Path
 ) -> None:
@@ -175,7 +266,7 @@ def test_records_of_a_size_without_an_arena_are_read(tmp_path: Path, packed: Pac
 def test_a_restart_finds_the_cache_of_what_was_taken_up(packed: PackedStore, tmp_path: Path) -> None:
     """Warm, under the generation that the records are of; in this process, where handles end as well."""
     folder, keys = packed.copy_to(tmp_path, own=(V41,)), random_keys(packed.oracles[V41], 30, seed=6)
-    config = small_config(extent=Extent(budget_bytes=4 << 20))
+    config = small_config(extent=Extent(budget_bytes=4 << 20), serve=Serve(earlier_generation_s=0))
     with opened(folder, config) as device, connect(f"local:{folder}") as client:
         table = client.table(V41)
         assert np.array_equal(table.lookup_ngrams(keys), packed.oracles[V41].lookup_ngrams(keys))
@@ -183,7 +274,7 @@ def test_a_restart_finds_the_cache_of_what_was_taken_up(packed: PackedStore, tmp
         assert device.store.reload() == [V41]
         assert device.store.reload() == []
         with pytest.raises(errors.GenerationMismatch):
-            table.lookup_ngrams(keys + 1)
+            table.lookup_ngrams(keys)
         for _ in range(2):
             assert np.array_equal(client.table(V41).lookup_ngrams(keys), anew.lookup_ngrams(keys))
     with opened(folder, config) as device, connect(f"local:{folder}") as client:

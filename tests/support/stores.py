@@ -101,9 +101,9 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedStore:
     return PackedStore(store, oracles)
 
 
-def repacked_v41(folder: Path, store: Path) -> Oracle:
+def repacked_v41(folder: Path, store: Path, seed: int = 6) -> Oracle:
     """Pack other rows as the next generation of V41; the oracle of what it holds now."""
-    path = make_checkpoint("deepseek-v4.1", 600, folder / "v41-anew", seed=6, hidden_size=32).path
+    path = make_checkpoint("deepseek-v4.1", 600, folder / "v41-anew", seed=seed, hidden_size=32).path
     options = PackOptions(name=V41, layers=(1,), replace=True)
     pack(path, store, options, notify=lambda text: None, on_progress=lambda progress: None)
     return v41_oracle(path, 1)

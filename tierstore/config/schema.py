@@ -158,6 +158,14 @@ class Serve(Section, frozen=True):
     concurrent_requests_max: Annotated[
         int, Meta(ge=1, description="requests in work at once; more are refused as overloaded")
     ] = 64
+    earlier_generation_s: Annotated[
+        Seconds,
+        Meta(
+            ge=0,
+            le=7 * 86400,
+            description="time that a replaced generation stays for clients that have it open; 0: none",
+        ),
+    ] = 300.0
     drain_timeout_s: Annotated[
         Seconds, Meta(ge=0, le=3600, description="time that running requests get to finish at shutdown")
     ] = 10.0

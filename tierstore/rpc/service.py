@@ -127,7 +127,7 @@ class MemoryService:
         return pb.PrefetchResponse(accepted=self._store.prefetch(self._parse(message)))
 
     def _parse(self, message: pb.LookupRequest) -> LookupRequest:
-        scheme = self._store.table(message.table).spec.scheme
+        scheme = self._store.table(message.table, message.generation.hex()).spec.scheme
         request = request_from_message(message, scheme.orders if scheme else 1)
         self._store.check_size(request)
         return request

@@ -139,7 +139,7 @@ class SharedMemory:
         for arena in self._store.arenas().values():
             new, *old = arena.regions()
             arenas.append(ArenaNote(note(new), note(old[0]) if old else None))
-        tables = tuple(_table_note(table) for table in map(self._store.table, self._store.tables()))
+        tables = tuple(_table_note(table) for table in self._store.all_tables())
         geometry = self._geometry
         ids_max = self._store.config.limits.request_ids_max
         sizes = (geometry.touches, geometry.data_bytes, ids_max)

@@ -73,7 +73,7 @@ class Workers:
 
     def follow_tables(self) -> None:
         """Serve the store's tables of now."""
-        now = {table.number: table for table in map(self._store.table, self._store.tables())}
+        now = {table.number: table for table in self._store.all_tables()}
         gone = {n: table.spec.name for n, table in self._tables.items() if n not in now}
         self._retired = {**self._retired, **gone}
         self._tables = now

@@ -29,6 +29,7 @@ class HitPath(ShortWay):
         heads = scheme.orders * scheme.heads
         super().__init__(scheme.orders, heads, spec.row_bytes, keys_max // scheme.orders)
         self._gate = gate
+        self._table = table
         self._arena = arena
         self._totals = counters.hit_totals
         self._owner = table.owner
@@ -36,7 +37,7 @@ class HitPath(ShortWay):
         self._aimed: tuple[tuple[int, ...], np.ndarray] = ((), np.empty(0, np.int64))
 
     def _fill(self, keys: np.ndarray, rows: np.ndarray) -> bool:
-        if self._gate.closed:
+        if self._gate.closed or self._table.retired:
             return False
         if not keys.flags.carray:  # the kernel is compiled for one kind of array
             keys = keys.copy()

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ from engram_client.errors import (
     FormatError,
     IdOutOfRange,
     StorageError,
+    Unavailable,
 )
 from engram_client.spec import TableSpec
 from engram_client.transport.base import LookupRequest
@@ -38,6 +40,7 @@ from tierstore.store.gate import Gate
 from tierstore.store.hints import HintQueue
 from tierstore.store.hit_path import HitPath
 from tierstore.store.in_flight import InFlight
+from tierstore.store.leave import Leave
 from tierstore.store.lock import acquire_store_lock
 from tierstore.store.table import Access, ServedTable
 from tierstore.store.tables import Tables
@@ -72,6 +75,7 @@ class Store:
         self._lock_file = acquire_store_lock(directory)
         self._gate = Gate(f"store {directory}")
         self._reloading = threading.Lock()
+        self._leave = Leave(config.serve.earlier_generation_s, self._drop_earlier)
         self.on_tables: Callable[[], None] = lambda: None  # called when other tables are served
         try:
             self._tables.open()
@@ -159,9 +163,16 @@ class Store:
         """Every table served, by name."""
         return self._tables.specs()
 
-    def table(self, name: str) -> ServedTable:
-        """One table. Raises UnknownTable, naming those there are; what is wrong with a damaged one."""
-        return self._tables.get(name)
+    def table(self, name: str, generation: str | None = None) -> ServedTable:
+        """The current table of a name, or the earlier one where that is `generation`.
+
+        Raises UnknownTable, naming those there are; what is wrong with a damaged one.
+        """
+        return self._tables.get(name, generation)
+
+    def all_tables(self) -> list[ServedTable]:
+        """Current tables, and the earlier generations that clients may still read."""
+        return list(self._tables)
 
     def knows(self, name: str) -> bool:
         """Whether `describe` would answer at once, well or not."""
@@ -174,20 +185,35 @@ class Store:
         return self.table(name).spec
 
     def reload(self, *, replace: bool = True) -> list[str]:
-        """Take up tables packed since and, with `replace`, new generations of those served; their names.
+        """Take up tables packed since and, with `replace`, other generations of those served; their names.
 
-        What cannot be served is logged and changes nothing. Requests in work end with the generation
-        they began with, later ones for it raise GenerationMismatch. Raises FormatError or StorageError where
-        the catalog cannot be read.
+        What cannot be served is logged and changes nothing. The generation that was current is served for
+        `serve.earlier_generation_s` more to who asks for it, then it raises GenerationMismatch. Raises
+        FormatError or StorageError where the catalog cannot be read.
         """
         with self._reloading, self._gate:
-            taken, replaced = self._tables.take_up(replace=replace, make_room=self._make_room)
-            self._warmth.owners = self._tables.owners()
-            if taken:
-                self.on_tables()
-            for table in replaced:
-                table.retire()
+            taken, dropped = self._tables.take_up(replace=replace, make_room=self._make_room)
+            for table in self._tables.earlier():
+                if table.spec.name in taken and not self._leave.later(table):
+                    self._tables.drop_earlier(table)
+                    dropped.append(table)
+            self._tables_changed(dropped, told=bool(taken))
         return taken
+
+    def _tables_changed(self, dropped: list[ServedTable], *, told: bool) -> None:
+        self._warmth.owners = self._tables.owners()
+        if told:
+            self.on_tables()
+        for table in dropped:
+            table.retire()
+
+    def _drop_earlier(self, table: ServedTable) -> None:
+        """Its time is up."""
+        with suppress(Unavailable), self._reloading, self._gate:
+            if self._tables.drop_earlier(table):
+                spec = table.spec
+                log.info("table %r: generation %s is served no more", spec.name, spec.generation)
+                self._tables_changed([table], told=True)
 
     def _make_room(self, table: ServedTable) -> None:
         """For a table that is about to be served. Raises FormatError where there is none."""
@@ -220,7 +246,7 @@ class Store:
 
     def hit_path(self, name: str, generation: str) -> HitPath | None:
         """The shortest way to this table's records; None where it has none or nothing is cached."""
-        table = self.table(name)
+        table = self.table(name, generation)
         spec = table.spec
         arena = self._dram.arena(spec.record_bytes)
         if spec.addressing != "record" or spec.generation != generation or arena is None:
@@ -231,7 +257,7 @@ class Store:
     def access(self, request: LookupRequest) -> Access:
         """How a request's entries are found; all of it is checked but its ids."""
         self._gate.check()
-        return self.table(request.table).access(request)
+        return self.table(request.table, request.generation).access(request)
 
     def lookup_hits(self, request: LookupRequest, access: Access, out: np.ndarray) -> np.ndarray:
         """The part of `lookup` that never waits: fill what DRAM holds, return what is missing."""
@@ -287,7 +313,7 @@ class Store:
         """Read into DRAM, soon, what is not there; False where the hint was dropped."""
         self._gate.check()
         self.check_size(request)
-        access = self.table(request.table).access(request)
+        access = self.table(request.table, request.generation).access(request)
         access.table.check_ids(request)
         if not access.cached:
             raise BadRequest(
@@ -308,7 +334,7 @@ class Store:
             )
 
     def _serve_hint(self, request: LookupRequest) -> None:
-        access = self.table(request.table).access(request)
+        access = self.table(request.table, request.generation).access(request)
         arena = self._arena(access)
         if arena is None:
             return  # a DRAM budget of 0: there is nowhere to read to
@@ -360,6 +386,7 @@ class Store:
             **self.counters.snapshot(),
             "tables_served": len(self._tables),
             "tables_damaged": self._tables.damaged,
+            "tables_earlier": len(self._tables.earlier()),
             "dram_bytes": self._dram.total_bytes,
             "dram_budget_bytes": self._dram.budget_bytes,
             "extent_bytes": self._extents.capacity_bytes,
@@ -369,6 +396,7 @@ class Store:
 
     def close(self) -> None:
         """Finish what runs and let go of the directory; idempotent."""
+        self._leave.close()
         self._hints.close()
         if self._gate.close():
             self._balance.close()

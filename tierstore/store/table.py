@@ -75,6 +75,7 @@ class ServedTable:
         self.file = file
         weakref.finalize(self, file.close).atexit = False
         self.owner = number << ORDER_BITS
+        self.retired = False
         scheme = row_file.spec.scheme
         self.head_sizes = np.array(scheme.head_sizes if scheme else [[0]], np.int64)
         self.head_offsets = np.array(scheme.head_offsets if scheme else [[0]], np.int64)
@@ -167,6 +168,7 @@ class ServedTable:
 
     def retire(self) -> None:
         """Served no more: let go of it when the last request is over."""
+        self.retired = True
         self._accesses.clear()  # they hold the table
 
     def close(self) -> None:

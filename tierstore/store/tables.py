@@ -1,9 +1,11 @@
 """The tables of a store directory: one that is damaged is left out, the others are served.
 
 A store that serves can take up what was packed since. A table of a new name joins the others. A new
-generation takes the place of the one before, under a number of its own: what arenas and extents hold of the
-old one is never found under it, requests that have begun end with the table they began with, and the old
-row file is closed once nobody holds it.
+generation becomes *current*, under a number of its own: what arenas and extents hold of the one before is
+never found under it. The one before stays as the *earlier* generation until its time is up, and answers
+whoever still asks for it, so clients move over when it suits them. Where the catalog names it again
+(`tierstore rollback`), the two change places, with all that is cached of them. Requests that have begun end
+with the table they began with, and a row file is closed once nobody holds it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class Tables:
         self._directory = directory
         self._direct = direct
         self._numbers = itertools.count(1)
-        self._served: dict[str, ServedTable] = {}
+        self._served: dict[str, ServedTable] = {}  # the current ones
+        self._earlier: dict[str, ServedTable] = {}
         self._broken: dict[str, Broken] = {}
         self._entries = self._catalogued()
 
@@ -48,7 +51,8 @@ class Tables:
             raise next(iter(self._broken.values()))
 
     def __iter__(self) -> Iterator[ServedTable]:
-        return iter(self._served.values())  # of a dictionary that is replaced, never changed
+        """Current and earlier ones."""
+        return iter([*self._served.values(), *self._earlier.values()])  # the dictionaries are never changed
 
     def __len__(self) -> int:
         return len(self._served)
@@ -65,8 +69,14 @@ class Tables:
         """Whether it is served, or known not to be."""
         return name in self._served or name in self._broken
 
-    def get(self, name: str) -> ServedTable:
-        """One table. Raises UnknownTable, naming those there are; what is wrong with a damaged one."""
+    def get(self, name: str, generation: str | None = None) -> ServedTable:
+        """The current table of a name, or the earlier one where that is `generation`.
+
+        Raises UnknownTable, naming those there are; what is wrong with a damaged one.
+        """
+        earlier = self._earlier.get(name)
+        if earlier is not None and earlier.spec.generation == generation:
+            return earlier
         if table := self._served.get(name):
             return table
         if error := self._broken.get(name):
@@ -88,26 +98,48 @@ class Tables:
     def take_up(
         self, *, replace: bool, make_room: Callable[[ServedTable], None]
     ) -> tuple[list[str], list[ServedTable]]:
-        """Serve tables packed since and, with `replace`, new generations; their names, and what they replace.
+        """Serve tables packed since and, with `replace`, other generations of those served.
 
-        `make_room` is called before a table is served and raises FormatError where there is no room.
-        What cannot be served is logged, and an older generation of it goes on.
+        Returns the names, and tables that nobody can ask for any more. `make_room` is called before a table
+        is served for the first time and raises FormatError where there is no room. What cannot be served is
+        logged, and the generation before goes on.
         """
-        opened, broken = self._open(self._news(replace))
-        taken: dict[str, ServedTable] = {}
+        news = self._news(replace)
+        again = [entry.spec.name for entry in news if self._is_earlier(entry)]
+        opened, broken = self._open(entry for entry in news if entry.spec.name not in again)
+        taken: dict[str, ServedTable] = {name: self._earlier[name] for name in again}
         for name, table in opened.items():
             try:
                 make_room(table)
                 taken[name] = table
-                log.info("table %r is served, generation %s", name, table.spec.generation)
             except FormatError as error:
                 log.error("table %r is not served: %s", name, error)
                 broken[name] = error
-        replaced = [self._served[name] for name in taken if name in self._served]
+        for name, table in taken.items():
+            log.info("table %r is served, generation %s", name, table.spec.generation)
+        dropped = [table for name, table in self._earlier.items() if name in taken and name not in again]
+        earlier = {name: self._served[name] for name in taken if name in self._served}
+        self._earlier = {**self._earlier, **earlier}  # first: what is asked for is always in one of the two
         self._served = {**self._served, **taken}
         broken = {**self._broken, **broken}
         self._broken = {name: error for name, error in broken.items() if name not in self._served}
-        return sorted(taken), replaced
+        return sorted(taken), dropped
+
+    def earlier(self) -> list[ServedTable]:
+        """Those that are still there for clients who have not moved over."""
+        return list(self._earlier.values())
+
+    def drop_earlier(self, table: ServedTable) -> bool:
+        """Serve it no more; False where it is not an earlier one, or is current again."""
+        name = table.spec.name
+        if self._earlier.get(name) is not table:
+            return False
+        self._earlier = {other: kept for other, kept in self._earlier.items() if other != name}
+        return True
+
+    def _is_earlier(self, entry: CatalogEntry) -> bool:
+        earlier = self._earlier.get(entry.spec.name)
+        return earlier is not None and earlier.spec.generation == entry.spec.generation
 
     def _news(self, replace: bool) -> list[CatalogEntry]:
         """Without `replace` only what was never heard of: a damaged table is not tried again and again."""
