@@ -7,10 +7,8 @@ hands the rest to the filler, which reads each missing record once. No lock is h
 from __future__ import annotations
 
 import logging
-import threading
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +23,6 @@ from engram_client.errors import (
     FormatError,
     IdOutOfRange,
     StorageError,
-    Unavailable,
 )
 from engram_client.spec import TableSpec
 from engram_client.transport.base import LookupRequest
@@ -40,8 +37,8 @@ from tierstore.store.gate import Gate
 from tierstore.store.hints import HintQueue
 from tierstore.store.hit_path import HitPath
 from tierstore.store.in_flight import InFlight
-from tierstore.store.leave import Leave
 from tierstore.store.lock import acquire_store_lock
+from tierstore.store.reloading import Reloading
 from tierstore.store.table import Access, ServedTable
 from tierstore.store.tables import Tables
 from tierstore.store.warmth import Warmth
@@ -74,8 +71,8 @@ class Store:
         self._tables = Tables(directory, config.nvme.direct)  # first: what is not a store gets no lock file
         self._lock_file = acquire_store_lock(directory)
         self._gate = Gate(f"store {directory}")
-        self._reloading = threading.Lock()
-        self._leave = Leave(config.serve.earlier_generation_s, self._drop_earlier)
+        period_s = config.serve.earlier_generation_s
+        self._reloading = Reloading(self._tables, self._gate, period_s, self._tables_changed)
         self.on_tables: Callable[[], None] = lambda: None  # called when other tables are served
         try:
             self._tables.open()
@@ -187,33 +184,14 @@ class Store:
     def reload(self, *, replace: bool = True) -> list[str]:
         """Take up tables packed since and, with `replace`, other generations of those served; their names.
 
-        What cannot be served is logged and changes nothing. The generation that was current is served for
-        `serve.earlier_generation_s` more to who asks for it, then it raises GenerationMismatch. Raises
-        FormatError or StorageError where the catalog cannot be read.
+        What cannot be served is logged. The generation before is served for `serve.earlier_generation_s`
+        more. Raises FormatError or StorageError where the catalog cannot be read.
         """
-        with self._reloading, self._gate:
-            taken, dropped = self._tables.take_up(replace=replace, make_room=self._make_room)
-            for table in self._tables.earlier():
-                if table.spec.name in taken and not self._leave.later(table):
-                    self._tables.drop_earlier(table)
-                    dropped.append(table)
-            self._tables_changed(dropped, told=bool(taken))
-        return taken
+        return self._reloading.take_up(replace=replace, make_room=self._make_room)
 
-    def _tables_changed(self, dropped: list[ServedTable], *, told: bool) -> None:
+    def _tables_changed(self) -> None:
         self._warmth.owners = self._tables.owners()
-        if told:
-            self.on_tables()
-        for table in dropped:
-            table.retire()
-
-    def _drop_earlier(self, table: ServedTable) -> None:
-        """Its time is up."""
-        with suppress(Unavailable), self._reloading, self._gate:
-            if self._tables.drop_earlier(table):
-                spec = table.spec
-                log.info("table %r: generation %s is served no more", spec.name, spec.generation)
-                self._tables_changed([table], told=True)
+        self.on_tables()
 
     def _make_room(self, table: ServedTable) -> None:
         """For a table that is about to be served. Raises FormatError where there is none."""
@@ -396,7 +374,7 @@ class Store:
 
     def close(self) -> None:
         """Finish what runs and let go of the directory; idempotent."""
-        self._leave.close()
+        self._reloading.close()
         self._hints.close()
         if self._gate.close():
             self._balance.close()
