@@ -26,10 +26,15 @@ def is_tensor(values: Any) -> bool:
 def to_host(values: Any) -> Any:
     """A tensor as a numpy array in host memory; anything else as it is.
 
+    Of a tensor on a device the host waits for what makes it, and not for what that stream was given since.
     Raises BadRequest for a tensor that numpy cannot hold, such as a BF16 or a sparse one.
     """
     if not is_tensor(values):
         return values
+    if on_device(values):
+        from engram_client.gpu.carrier import carrier_of
+
+        return carrier_of(values.device).ids(values)
     try:
         return values.detach().cpu().numpy()
     except (TypeError, RuntimeError, AttributeError) as error:
@@ -42,7 +47,26 @@ def like(rows: np.ndarray, ids: Any) -> Array:
         return rows
     import torch
 
-    return torch.from_numpy(rows).to(ids.device)
+    return to_device(rows, ids.device) if on_device(ids) else torch.from_numpy(rows)
+
+
+def on_device(values: Any) -> bool:
+    """Whether `values` is a tensor that is not in host memory."""
+    return is_tensor(values) and values.device.type != "cpu"
+
+
+def to_device(rows: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Rows uint8 as a tensor on a device, through pinned memory, in the order of its current stream."""
+    from engram_client.gpu.carrier import carrier_of
+
+    return carrier_of(device).send(rows)
+
+
+def into_device(rows: np.ndarray, out: torch.Tensor, index: np.ndarray | None = None) -> None:
+    """Copy rows uint8 [n, ...], or `rows[index]`, into a contiguous tensor on a device; see `to_device`."""
+    from engram_client.gpu.carrier import carrier_of
+
+    carrier_of(out.device).send_into(rows, out, index)
 
 
 def writable_host_view(out: Any, shape: tuple[int, ...]) -> np.ndarray | None:

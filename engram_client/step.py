@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 
-from engram_client.arrays import like, to_host, writable_host_view
+from engram_client.arrays import into_device, to_host, writable_host_view
 from engram_client.deadline import Deadline
 from engram_client.errors import BadRequest, Cancelled, Overloaded, TierstoreError
 from engram_client.hashing import Lookback, NgramHashMapping, inputs
@@ -270,7 +270,7 @@ class Step:
             return rows.reshape(shape) if index is None else rows.take(index, axis=0).reshape(shape)
         host = writable_host_view(out, shape)
         if host is None:
-            out.copy_(like(rows if index is None else rows.take(index, axis=0), out).reshape(shape))
+            into_device(rows, out, index)
         elif index is None:
             host[...] = rows.reshape(shape)
         else:

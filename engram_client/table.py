@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from engram_client.arrays import is_tensor, like, to_host, writable_host_view
+from engram_client.arrays import is_tensor, like, on_device, to_host, writable_host_view
+from engram_client.deadline import Deadline
 from engram_client.errors import BadRequest
 from engram_client.hashing import NgramHashMapping, inputs, recover_keys, row_ids_from_keys
 from engram_client.ids import check_keys, check_row_ids
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     import torch
 
     from engram_client.arrays import Array
+    from engram_client.gpu.carrier import Fill
+    from engram_client.transport.attachment import View
 
 DEFAULT_TIMEOUT_S = 30.0
 PAGE_PAYLOAD_BYTES = 4088  # of a row file: larger rows are not read in bulk
@@ -49,6 +52,12 @@ def _kept(query: _Query) -> _Query:
     asked = query.request
     ids = asked.ids.copy()  # `dataclasses.replace` would take longer than a small one's copy
     return _Query(LookupRequest(asked.table, asked.generation, asked.address, ids, asked.heads), query.shape)
+
+
+def _taken(landed: Any) -> Array:
+    """Rows that were copied to a device, in the order of the current stream."""
+    rows: Array = landed.take()
+    return rows
 
 
 class Table:
@@ -80,6 +89,10 @@ class Table:
         """Whether this process copies what DRAM holds without asking a service."""
         return self._hit_path is not None
 
+    def shared_view(self, heads: slice | None = None) -> View | None:
+        """The service's memory with the cached records of this table, where it is here, for other readers."""
+        return self._transport.shared_view(self.spec, self._heads(heads))
+
     def mapping(self, compressed_map: Any = None) -> NgramHashMapping:
         """The hashing this table was made with. "engram" tables need the compressed vocabulary.
 
@@ -96,7 +109,7 @@ class Table:
             rows = path(ngram_keys, None)
             if rows is not None:
                 return rows
-        return like(self._read(self._by_ngrams(ngram_keys, heads), timeout), ngram_keys)
+        return self._answer(self._by_ngrams(ngram_keys, heads), ngram_keys, timeout)
 
     def lookup_heads(
         self, row_ids: Any, *, heads: slice | None = None, timeout: float | None = DEFAULT_TIMEOUT_S
@@ -106,7 +119,7 @@ class Table:
         The key is recovered from the ids, so a record-addressed table serves whole records.
         Raises ForeignIds where the ids of an order are not one n-gram's.
         """
-        return like(self._read(self._by_heads(row_ids, heads), timeout), row_ids)
+        return self._answer(self._by_heads(row_ids, heads), row_ids, timeout)
 
     def lookup(self, row_ids: Any, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> Array:
         """Rows of any row ids [...]: uint8 [..., row_bytes].
@@ -114,7 +127,7 @@ class Table:
         On a record-addressed table these are read from NVMe each time: single rows are not cached
         beside the records.
         """
-        return like(self._read(self._by_rows(row_ids), timeout), row_ids)
+        return self._answer(self._by_rows(row_ids), row_ids, timeout)
 
     def lookup_ngrams_into(
         self,
@@ -155,10 +168,15 @@ class Table:
             and (rows := self._hit_path(ngram_keys, None)) is not None
         ):
             return self._prefetcher.ready(rows)
+        if on_device(ngram_keys):
+            self._heads(heads)
+            return self._start_on_device(lambda keys: self._by_ngrams(keys, heads), ngram_keys, timeout)
         return self._start(self._by_ngrams(ngram_keys, heads), ngram_keys, timeout)
 
     def prefetch(self, row_ids: Any, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> Handle:
         """Start `lookup`; the handle's `wait` returns its rows. Raises Overloaded."""
+        if on_device(row_ids):
+            return self._start_on_device(self._by_rows, row_ids, timeout)
         return self._start(self._by_rows(row_ids), row_ids, timeout)
 
     def staged_shape(self, heads: slice | None = None) -> tuple[int, int]:
@@ -335,18 +353,56 @@ class Table:
         if query.request.ids.size:
             self._transport.lookup(query.request, rows.reshape(len(query.request.ids), -1), timeout)
 
+    def _answer(self, query: _Query, ids: Any, timeout: float | None) -> Array:
+        """The rows, where the ids are."""
+        if not on_device(ids):
+            return like(self._read(query, timeout), ids)
+        from engram_client.gpu.carrier import carrier_of
+
+        carrier = carrier_of(ids.device)
+        out = carrier.empty(query.shape)
+        carrier.fill(out, len(query.request.ids), self._filling(query, timeout))
+        return out
+
     def _read_into(self, query: _Query, out: Any, timeout: float | None) -> None:
         host = writable_host_view(out, query.shape)
         if host is not None:
             self._fill(query, host, timeout)
-        else:
-            out.copy_(like(self._read(query, timeout), out))
+            return
+        from engram_client.gpu.carrier import carrier_of
+
+        carrier_of(out.device).fill(out, len(query.request.ids), self._filling(query, timeout))
+
+    def _filling(self, query: _Query, timeout: float | None) -> Fill:
+        """Reads some of the entries at a time; `timeout` is for all of them together."""
+        asked, deadline = query.request, Deadline.after(timeout)
+
+        def fill(part: slice, rows: np.ndarray) -> None:
+            request = LookupRequest(
+                asked.table, asked.generation, asked.address, asked.ids[part], asked.heads
+            )
+            self._transport.lookup(request, rows, deadline.remaining_s())
+
+        return fill
+
+    def _start_on_device(self, query_of: Callable[[Any], _Query], ids: Any, timeout: float | None) -> Handle:
+        """Ids on a device: whoever reads waits for them, and errors of theirs are `wait`'s."""
+        from engram_client.gpu.carrier import carrier_of
+
+        carrier = carrier_of(ids.device)
+        pending = carrier.start_ids(ids)
+
+        def read() -> Any:
+            query = query_of(pending.wait())
+            return carrier.bring(query.shape, len(query.request.ids), self._filling(query, timeout))
+
+        return self._prefetcher.start(read, _taken)
 
     def _start(self, query: _Query, ids: Any, timeout: float | None) -> Handle:
         query = _kept(query)
         if is_tensor(ids):
-            device_of = ids.new_empty(0)  # the kind and device, without keeping the ids alive
-            return self._started(query, timeout, lambda rows: like(rows, device_of))
+            kind = ids.new_empty(0)  # without keeping the ids alive
+            return self._started(query, timeout, lambda rows: like(rows, kind))
         return self._started(query, timeout, lambda rows: rows)
 
     def _started(self, query: _Query, timeout: float | None, finish: Callable[[np.ndarray], Array]) -> Handle:

@@ -9,22 +9,19 @@ from __future__ import annotations
 import numpy as np
 
 from engram_client.arena.atomics import load_acquire, zero_bytes
-from engram_client.arena.read import mix, set_of, tag_of
+from engram_client.arena.read import OWNER, RING_FIELDS, SET, TAG, mix, set_of, tag_of
 from engram_client.arena.shared_read import (
     CONTROL,
     INDEX,
+    MAILBOX,
     NEW_REGION,
-    OWNER,
-    PART_BYTES,
-    RING_FIELDS,
     SERVING,
-    SET,
     SETS,
     TABLE_OWNER,
-    TAG,
+    TOUCH_MASK,
     read_entry,
+    write_touches,
 )
-from engram_client.arena.shared_read import MASKED as TALLY_MASKED
 from engram_client.arena.shared_read import TOUCHED as TALLY_TOUCHED
 from engram_client.jit import kernel
 
@@ -37,13 +34,14 @@ LISTED_WORDS = 2  # of a missing entry: position and key
 def read_listed(view, keys, orders, keep_masked, out, missing, listed, touches, counters):
     """Copy a part of each record found; list the others.
 
-    `view` int64 [VIEW_WORDS], `keys` int64 [n], entry i of order i % orders. `out` uint8 [n, PART_BYTES] gets
+    `view` int64 [VIEW_WORDS], zeros where there is no arena; `keys` int64 [n], entry i of order i % orders.
+    `out` uint8 [n, PART_BYTES] gets
     zeros for what is missing, and for keys of -1 too unless `keep_masked`. Writes `missing` bool [n], to
     `listed` int64 [n, 2] position and key of each, to the ring `touches` int64 [a power of two], and adds to
     `counters` int64 [COUNTERS].
     """
-    part_bytes, serving = view[PART_BYTES], load_acquire(view[CONTROL]) == view[SERVING]
-    there = serving and view[NEW_REGION + INDEX] != 0
+    part_bytes = out.shape[1]
+    there = view[NEW_REGION + INDEX] != 0 and load_acquire(view[CONTROL]) == view[SERVING]
     noted, tally, ring = np.empty(1, np.int64), np.zeros(3, np.int64), np.empty((RING_FIELDS, 1), np.int64)
     base = np.int64(out.ctypes.data)
     for i in range(keys.size):
@@ -68,3 +66,14 @@ def read_listed(view, keys, orders, keep_masked, out, missing, listed, touches, 
         listed[counters[MISSED], 0], listed[counters[MISSED], 1] = i, key
         counters[MISSED] += 1
     return out.size
+
+
+@kernel
+def forward_touches(view, touches, first, last):
+    """Tell the service of touches [first, last) of a ring int64 [a power of two], by way of the mailbox."""
+    count = min(last - first, touches.size)
+    told = np.empty(max(count, 1), np.int64)
+    for i in range(count):
+        told[i] = touches[(last - count + i) & (touches.size - 1)]
+    write_touches(view[MAILBOX], view[TOUCH_MASK], told, count)
+    return count

@@ -9,10 +9,10 @@ would choose may come out of the first-level cache of an earlier read; and its v
 so that two neighbours in one thread ask for one sector of the bus twice. Hence the loads in PTX, 16
 bytes each where the layout allows.
 
-**One decision for all threads.** Each thread executes the load of a scalar by itself, so with a writer about two threads may
-read different sequences from one line of the program, and one could copy what the other's sequence has
-never vouched for. So what is decided by such a load is written to `scratch` by one thread and read back by all
-behind a barrier: the sequence (before anything it guards is read), the way, the verdict.
+**One decision for all threads.** Each thread executes the load of a scalar by itself, so with a writer about
+two threads may read different sequences from one line of the program, and one could copy what the other's
+sequence has never vouched for. So what is decided by such a load is written to `scratch` by one thread and
+read back by all behind a barrier: the sequence (before anything it guards is read), the way, the verdict.
 
 The registers hold the record until the verdict: `out` gets a whole record that is right, or zeros.
 
@@ -67,9 +67,7 @@ _CONTROL, _SERVING, _OWNER, _PART_AT = (tl.constexpr(n) for n in (CONTROL, SERVI
 _NEW, _OLD = tl.constexpr(NEW_REGION), tl.constexpr(OLD_REGION)
 _INDEX, _SLOTS, _SETS, _SLOT_BYTES = (tl.constexpr(n) for n in (INDEX, SLOTS, SETS, SLOT_BYTES))
 _REGION = tl.constexpr(TOUCH_REGION)
-_LINE, _TAGS, _STATES, _SEQUENCE = (
-    tl.constexpr(n) for n in (LINE_BYTES, TAGS_AT, STATES_AT, SEQUENCE_AT)
-)
+_LINE, _TAGS, _STATES, _SEQUENCE = (tl.constexpr(n) for n in (LINE_BYTES, TAGS_AT, STATES_AT, SEQUENCE_AT))
 _KEY_AT, _OWNER_AT, _RECORD_AT = (tl.constexpr(n) for n in (KEY_AT, OWNER_AT, RECORD_AT))
 _QUEUE, _AWAITED, _SMALL_READ, _MAIN_READ = (
     tl.constexpr(n) for n in (QUEUE_MASK, WANTED, SMALL_READ, MAIN_READ)
@@ -119,7 +117,7 @@ def _words(address, wanted, INTERPRETED: tl.constexpr):
         return tl.load(address.to(tl.pointer_type(tl.int64)), mask=wanted, other=0)
     else:
         return tl.inline_asm_elementwise(
-            "{ .reg .pred %p; setp.ne.s32 %p, $2, 0; mov.b64 $0, 0; @%p ld.relaxed.sys.global.b64 $0, [$1]; }",
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b64 $0, 0; @p ld.relaxed.sys.global.b64 $0, [$1]; }",
             "=&l,l,r", [address, wanted.to(tl.int32)], dtype=tl.int64, is_pure=False, pack=1,
         )  # fmt: skip
 
@@ -131,7 +129,7 @@ def _ints(address, wanted, INTERPRETED: tl.constexpr):
         return tl.load(address.to(tl.pointer_type(tl.uint32)), mask=wanted, other=0).to(tl.int64)
     else:
         return tl.inline_asm_elementwise(
-            "{ .reg .pred %p; setp.ne.s32 %p, $2, 0; mov.b32 $0, 0; @%p ld.relaxed.sys.global.u32 $0, [$1]; }",
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.relaxed.sys.global.u32 $0, [$1]; }",
             "=&r,l,r", [address, wanted.to(tl.int32)], dtype=tl.uint32, is_pure=False, pack=1,
         ).to(tl.int64)  # fmt: skip
 
@@ -143,7 +141,7 @@ def _halves(address, wanted, INTERPRETED: tl.constexpr):
         return tl.load(address.to(tl.pointer_type(tl.uint16)), mask=wanted, other=0).to(tl.int64)
     else:
         return tl.inline_asm_elementwise(
-            "{ .reg .pred %p; setp.ne.s32 %p, $2, 0; mov.b32 $0, 0; @%p ld.relaxed.sys.global.u16 $0, [$1]; }",
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.relaxed.sys.global.u16 $0, [$1]; }",
             "=&r,l,r", [address, wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
         ).to(tl.int64)  # fmt: skip
 
@@ -155,7 +153,7 @@ def _bytes(address, wanted, INTERPRETED: tl.constexpr):
         return tl.load(address.to(tl.pointer_type(tl.uint8)), mask=wanted, other=0).to(tl.int64)
     else:
         return tl.inline_asm_elementwise(
-            "{ .reg .pred %p; setp.ne.s32 %p, $2, 0; mov.b32 $0, 0; @%p ld.relaxed.sys.global.u8 $0, [$1]; }",
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.relaxed.sys.global.u8 $0, [$1]; }",
             "=&r,l,r", [address, wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
         ).to(tl.int64)  # fmt: skip
 
@@ -168,15 +166,15 @@ def _pairs(address, wanted, INTERPRETED: tl.constexpr):
         return tl.load(first, mask=wanted, other=0), tl.load(first + 1, mask=wanted, other=0)
     else:
         return tl.inline_asm_elementwise(
-            "{ .reg .pred %p; setp.ne.s32 %p, $3, 0; mov.b64 $0, 0; mov.b64 $1, 0; "
-            "@%p ld.relaxed.sys.global.v2.b64 {$0, $1}, [$2]; }",
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0; mov.b64 $0, 0; mov.b64 $1, 0; "
+            "@p ld.relaxed.sys.global.v2.b64 {$0, $1}, [$2]; }",
             "=&l,=&l,l,r", [address, wanted.to(tl.int32)], dtype=(tl.int64, tl.int64), is_pure=False, pack=1,
         )  # fmt: skip
 
 
 @triton.jit
 def _units(address, wanted, UNIT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Units of so many bytes at the wanted addresses, in two tensors of int64; the second where UNIT is 16."""
+    """Units of so many bytes at the wanted addresses, two int64 tensors of them where UNIT is 16."""
     if UNIT == 16:
         first, second = _pairs(address, wanted, INTERPRETED)
     elif UNIT == 8:
@@ -225,7 +223,7 @@ def _find_way(line, set_slots, slot_bytes, tag, key, owner, wanted, INTERPRETED:
 
 @triton.jit
 def _try_region(view, at, scratch, key, owner, units, lanes, UNIT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """One try: verdict (all threads agree), way, tag, set, and the record's units, zeros unless it is whole."""
+    """One try: verdict (all threads agree), way, tag, set, and the record's units where it is whole."""
     h = _mix(key, owner)
     sets, slot_bytes = tl.load(view + at + _SETS), tl.load(view + at + _SLOT_BYTES)
     which = (((h >> 32) * sets.to(tl.uint64, bitcast=True)) >> 32).to(tl.int64, bitcast=True)
@@ -235,9 +233,7 @@ def _try_region(view, at, scratch, key, owner, units, lanes, UNIT: tl.constexpr,
     set_slots = tl.load(view + at + _SLOTS) + which * _WAYS * slot_bytes
     before = _agree(scratch + _SEEN, _acquire(line + _SEQUENCE, INTERPRETED))
     still = (before & 1) == 0
-    way = _agree(
-        scratch + _WAY, _find_way(line, set_slots, slot_bytes, tag, key, owner, still, INTERPRETED)
-    )
+    way = _agree(scratch + _WAY, _find_way(line, set_slots, slot_bytes, tag, key, owner, still, INTERPRETED))
     source = set_slots + way * slot_bytes + _RECORD_AT + tl.load(view + _PART_AT)
     first, second = _units(source + lanes * UNIT, (lanes < units) & (way >= 0), UNIT, INTERPRETED)
     way = _fence(way, INTERPRETED)
@@ -250,9 +246,7 @@ def _try_region(view, at, scratch, key, owner, units, lanes, UNIT: tl.constexpr,
 
 
 @triton.jit
-def _note_touch(
-    view, at, which, way, tag, found, touches, touch_mask, counters, INTERPRETED: tl.constexpr
-):
+def _note_touch(view, at, which, way, tag, found, touches, touch_mask, counters, INTERPRETED: tl.constexpr):
     """Where counting this read would change the record's state, a touch into the ring, over the oldest."""
     line = tl.load(view + at + _INDEX) + which * _LINE
     state = _bytes(line + _STATES + tl.maximum(way, 0), found, INTERPRETED)
@@ -277,13 +271,14 @@ def _put(out, i, units, lanes, first, second, wanted, UNIT: tl.constexpr, TILE: 
 
 @triton.jit
 def read_records(
-    view, keys, out, missing, listed, touches, counters, scratch, units, touch_mask, 
+    view, keys, out, missing, listed, touches, counters, scratch, units, touch_mask,
     ORDERS: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr, KEEP_MASKED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Copy a part of each record found; list the others. The grid is one program an entry.
 
-    view     int64 [VIEW_WORDS] (engram_client/arena/shared_read.py), with addresses as the device has them
+    view     int64 [VIEW_WORDS] (engram_client/arena/shared_read.py) with addresses as the device has them;
+             zeros where there is no arena
     keys     int64 [n], entry i of order i % ORDERS; -1 gets zeros, or with KEEP_MASKED nothing
     out      [n, units] of UNIT bytes, as int64, int32, int16 or uint8; for 16 bytes int64 [n, 2 * units]
     missing  bool [n]: neither found nor -1; their rows are zeros
@@ -297,11 +292,12 @@ def read_records(
     owner = tl.load(view + _OWNER) + i % ORDERS
     lanes = tl.arange(0, TILE).to(tl.int64)
     scratch += i * 4
-    served = _acquire(tl.load(view + _CONTROL), INTERPRETED) == tl.load(view + _SERVING)
-    served = _agree(scratch + _VERDICT, served.to(tl.int64)) != 0
-    tl.debug_barrier()
+    looking = (tl.load(view + _NEW + _INDEX) != 0) & (key >= 0)
+    if looking:  # else there may be no control word
+        served = _acquire(tl.load(view + _CONTROL), INTERPRETED) == tl.load(view + _SERVING)
+        looking = _agree(scratch + _VERDICT, served.to(tl.int64)) != 0
+        tl.debug_barrier()
     at = _NEW
-    looking = served & (key >= 0) & (tl.load(view + _NEW + _INDEX) != 0)
     found = looking & False
     first = lanes * 0
     second = lanes * 0

@@ -55,7 +55,7 @@ class Registered:
 
     def __init__(self, mapping: Mapping, device: torch.device, driver: Driver | None = None) -> None:
         """Raises NotRegistered."""
-        self.host_address = mapping.address
+        self.host_address, self.size_bytes = mapping.address, mapping.size_bytes
         self._mapping = mapping  # let go of only after it was unregistered
         with _registering:
             held = _held.get(mapping.address)
@@ -154,4 +154,3 @@ def find_driver() -> Driver:
         return Driver(ctypes.CDLL("libcuda.so.1"))
     except OSError as error:
         raise NotRegistered(f"there is no CUDA driver ({error})") from error
-

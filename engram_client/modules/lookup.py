@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engram_client.arrays import to_host
+from engram_client.arrays import to_device, to_host
 from engram_client.errors import BadRequest
 from engram_client.modules.resident import MultiHeadEmbedding
 from engram_client.step import Step
@@ -112,10 +112,17 @@ class PendingRows:
 
     def wait(self, *, timeout: float | None = None, device: torch.device | None = None) -> Tensor:
         """Embeddings [B,T,H,dim] on `device` (None: where the rows are); what travels is bytes."""
-        rows = self.handle.wait(timeout=timeout)
-        if device is not None and device.type != "cpu":
-            rows = torch.as_tensor(rows).to(device)
+        rows = _on(device, self.handle.wait(timeout=timeout))
         return self.table.dequantize(rows)
+
+
+def _on(device: torch.device | None, rows: Any) -> Any:
+    """Rows where they are wanted: through pinned memory, without the host waiting for the copy."""
+    if device is None or device.type == "cpu":
+        return rows
+    if isinstance(rows, Tensor) and rows.device.type != "cpu":
+        return rows.to(device)
+    return to_device(np.asarray(rows), device)
 
 
 class StepRows:
@@ -131,10 +138,7 @@ class StepRows:
     def wait(self, *, timeout: float | None = None, device: torch.device | None = None) -> Tensor:
         """Embeddings [B,T,H,dim] on `device` (None: CPU); rows that are equal travel and wait once."""
         rows, index = self.step.wait_distinct(self.layer_id, timeout=timeout)
-        wanted: Any = rows
-        if device is not None and device.type != "cpu":
-            wanted = torch.as_tensor(rows).to(device)
-        embeddings = self.step.table(self.layer_id).dequantize(wanted, index=index)
+        embeddings = self.step.table(self.layer_id).dequantize(_on(device, rows), index=index)
         return embeddings.reshape(*self.step.shape, *embeddings.shape[1:])
 
 

@@ -47,9 +47,9 @@ class MappedRegion:
 
     def __init__(self, note: RegionNote, descriptor: int) -> None:
         geometry = ArenaGeometry(note.sets, note.record_bytes)
-        self._map = _mapped(descriptor, aligned(geometry.total_bytes, PAGE_BYTES))
+        self.mapping = _mapped(descriptor, aligned(geometry.total_bytes, PAGE_BYTES))
         self.number = note.number
-        index = self._map.address
+        index = self.mapping.address
         self.words = (
             index,
             index + geometry.index_bytes,
@@ -161,7 +161,8 @@ class View:
         ids_max = attachment.request_ids_max
         self.entries_max = min(ids_max, self.mailbox.entries_max(self.part_bytes))
         self.staged_max = min(ids_max, self.mailbox.entries_max(self.part_bytes, STAGED_SHARE))
-        self._alive = (attachment.fixed, regions)  # what the words point to
+        self._fixed = attachment.fixed  # these two are what the words point to
+        self._regions = regions
         words = self.words = np.zeros(kernels.VIEW_WORDS, np.int64)
         words[kernels.CONTROL], words[kernels.SERVING] = attachment.fixed.control.address, serving
         words[kernels.TABLE_OWNER] = table.number << ORDER_BITS
@@ -169,6 +170,11 @@ class View:
         words[kernels.MAILBOX], words[kernels.TOUCH_MASK] = self.mailbox.address, self.mailbox.touch_mask
         for at, region in zip((kernels.NEW_REGION, kernels.OLD_REGION), regions, strict=False):
             words[at : at + kernels.REGION_WORDS] = region.words
+
+    @property
+    def mappings(self) -> tuple[SharedMapping, ...]:
+        """Everything that is only read through the words: the control word, and the regions of the arena."""
+        return (self._fixed.control, *(region.mapping for region in self._regions))
 
     def read(self, ids: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, int] | None:
         """Fill what is cached; the positions of entries that are not, int64, and how many are -1.

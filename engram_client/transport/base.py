@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from engram_client.spec import TableSpec
 from engram_client.transport.landing import Landing
+
+if TYPE_CHECKING:
+    from engram_client.transport.attachment import View
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,12 @@ class Transport(Protocol):
 
         Called with n-gram keys and None, or a buffer for the rows, it returns rows uint8
         [..., H, row_bytes], or None for whatever it cannot answer whole.
+        """
+
+    def shared_view(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> View | None:
+        """The service's own memory with the cached records, where this process may read it; else None.
+
+        One object as long as nothing changes: who keeps another one reads memory that records left.
         """
 
     def start_lookup(

@@ -125,6 +125,9 @@ class GrpcTransport:
         reply = self._control(lambda calls: calls.set_budgets, message, RESIZE_TIMEOUT_S)
         return int(reply.dram_budget_bytes)
 
+    def shared_view(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> None:
+        return None
+
     def hit_path(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> None:
         """Every look-up is a call."""
 

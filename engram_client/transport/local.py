@@ -50,6 +50,9 @@ class LocalTransport:
         self.lookup(request, out, timeout_s)
         return out
 
+    def shared_view(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> None:
+        return None
+
     def hit_path(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> HitPath | None:
         if heads is not None:
             return None

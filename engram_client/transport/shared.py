@@ -187,6 +187,13 @@ class SharedTransport:
             return None
         return SharedHitPath(self._link, spec, heads)
 
+    def shared_view(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> View | None:
+        attachment = self._attachment()
+        address = "ngram" if spec.addressing == "record" else "row"
+        if attachment is None:
+            return None
+        return attachment.view((spec.name, spec.generation, address, heads))
+
     def close(self) -> None:
         self._closed = True
         self._link.close()

@@ -7,6 +7,7 @@ it copy the wrong ones. What a device only might do, this always does.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 
 import torch
@@ -40,6 +41,7 @@ class LateSideStream:
         self.device = device
         self.finished = 0
         self._given: list[Callable[[], None]] = []
+        self._working = threading.RLock()
         LateSideStream.made.append(self)
 
     def wait_for(self, event: Event) -> None:
@@ -52,10 +54,11 @@ class LateSideStream:
         return LateEvent(self, len(self._given))
 
     def catch_up(self, place: int | None = None) -> None:
-        """Do what has been given, up to a place."""
-        place = len(self._given) if place is None else place
-        while self.finished < place:
-            work = self._given[self.finished]
-            self.finished += 1
-            with torch.inference_mode(False), torch.no_grad():
-                work()
+        """Do what has been given, up to a place; whoever comes meanwhile waits for that."""
+        with self._working:
+            place = len(self._given) if place is None else place
+            while self.finished < place:
+                work = self._given[self.finished]
+                with torch.inference_mode(False), torch.no_grad():
+                    work()
+                self.finished += 1
