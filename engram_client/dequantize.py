@@ -19,6 +19,8 @@ made by it holds every result there can be (`kernels/decode.py`). For a decode s
 ten operations cost far more to start than to do. One kernel call also picks lines out of fewer
 distinct ones, so what was read once for several positions is written once for each, as numbers.
 
+On a GPU one kernel does FP8 rows, picking included (`engram_client/gpu/fused.py`), where Triton is there.
+
 Not promised: formats a row layout cannot describe. A `uint8` weight is opaque (IQ4_NL, NF4) and
 is the caller's to decode.
 """
@@ -34,6 +36,7 @@ import torch
 from torch import Tensor
 
 from engram_client.errors import BadRequest, FormatError
+from engram_client.gpu import fused
 from engram_client.kernels.decode import decode_rows
 from engram_client.spec import ELEMENT_BYTES, Field, RowLayout
 
@@ -85,9 +88,10 @@ def dequantize(
         _check_index(index, data)
     if table is not None and data.device.type == "cpu":
         return _by_table_of_all(table, data, result, index)
-    if index is not None:
-        data = data[torch.from_numpy(index).to(data.device)]
-    return _by_arithmetic(layout, data, result)
+    picks = None if index is None else torch.from_numpy(index).to(data.device)
+    if fused.decodes(layout, result, data.device):
+        return fused.decode(layout, data, result, picks)
+    return by_arithmetic(layout, data if picks is None else data[picks], result)
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def _plan(layout: RowLayout, dtype: torch.dtype | None) -> tuple[torch.dtype, _T
         rows = torch.cat((codes.expand(256, 256), codes.unsqueeze(1)), dim=1)
         fields.append(Field("scale", scale.dtype, 1))
         scale_at, scales = layout.offset_bytes("scale"), scale.count
-    numbers = _by_arithmetic(RowLayout(tuple(fields), layout.global_scale), rows, result)
+    numbers = by_arithmetic(RowLayout(tuple(fields), layout.global_scale), rows, result)
     places = (layout.row_bytes, layout.offset_bytes("weight"), scale_at, scales)
     return result, _TableOfAll(numbers.view(_BITS[result.itemsize]).numpy(), places, weight.count)
 
@@ -130,7 +134,8 @@ def _check_index(index: np.ndarray, lines: Tensor) -> None:
         )
 
 
-def _by_arithmetic(layout: RowLayout, data: Tensor, result: torch.dtype) -> Tensor:
+def by_arithmetic(layout: RowLayout, data: Tensor, result: torch.dtype) -> Tensor:
+    """Rows uint8 [..., row_bytes] to [..., embedding_dim] by torch's operations, on any device."""
     weight, scale = _decodable_fields(layout)
     flat = data.reshape(-1, layout.row_bytes)
     step = max(1, _BLOCK_ELEMENTS // weight.count) if flat.device.type == "cpu" else flat.shape[0]
@@ -147,7 +152,7 @@ def _by_arithmetic(layout: RowLayout, data: Tensor, result: torch.dtype) -> Tens
 def _by_table_of_all(
     table: _TableOfAll, data: Tensor, result: torch.dtype, index: np.ndarray | None
 ) -> Tensor:
-    """`_by_arithmetic(layout, data[index], result)` for the layout of the table."""
+    """`by_arithmetic(layout, data[index], result)` for the layout of the table."""
     lines: tuple[int, ...] = data.shape[:-1]
     picks, group = _ONE_TO_ONE, 1
     if index is not None:

@@ -117,6 +117,11 @@ class StagingRing:
         by_identity = dict(zip(shared, made, strict=True))
         return {layer: by_identity[_identity(table)] for layer, table in self._tables.items()}
 
+    @property
+    def layer_ids(self) -> tuple[int | None, ...]:
+        """Layers whose rows it holds; None alone for a ring of one table."""
+        return tuple(self._tables)
+
     def rows(self, layer_id: int | None = None) -> np.ndarray:
         """uint8 [slots, entries, H, row_bytes]; `layer_id` where the ring is a step's."""
         return self._of(layer_id).rows

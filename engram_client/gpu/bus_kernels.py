@@ -21,8 +21,6 @@ Checked under Triton's interpreter, which has one thread, and by compiling for s
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -56,8 +54,15 @@ from engram_client.arena.shared_read import (
     TABLE_OWNER,
     TOUCH_REGION,
 )
-
-Array = Any  # what Triton compiles has types of its own; the docstrings give dtypes and shapes
+from engram_client.gpu.system_memory import (
+    acquire_at,
+    again_at,
+    bytes_at,
+    fence,
+    halves_at,
+    units_at,
+    words_at,
+)
 
 SCRATCH_WORDS = 4  # of an entry
 _SEEN, _WAY, _VERDICT = (tl.constexpr(n) for n in (0, 1, 2))
@@ -75,121 +80,6 @@ _QUEUE, _AWAITED, _SMALL_READ, _MAIN_READ = (
 _TOUCH, _SET_SHIFT, _WAY_SHIFT = (tl.constexpr(n) for n in (TOUCH, TOUCH_SET_SHIFT, TOUCH_WAY_SHIFT))
 _MISSED, _MASKED, _TOUCHED = (tl.constexpr(n) for n in (MISSED, MASKED, TOUCHED))
 _LISTED = tl.constexpr(LISTED_WORDS)
-
-
-@triton.jit
-def _acquire(address, INTERPRETED: tl.constexpr):
-    """int64 at an address, before everything that this thread loads later."""
-    if INTERPRETED:
-        return tl.load(address.to(tl.pointer_type(tl.int64)))
-    else:
-        return tl.inline_asm_elementwise(
-            "ld.acquire.sys.global.b64 $0, [$1];", "=l,l", [address], dtype=tl.int64, is_pure=False, pack=1
-        )
-
-
-@triton.jit
-def _again(address, INTERPRETED: tl.constexpr):
-    """int64 at an address, as it is in memory now."""
-    if INTERPRETED:
-        return tl.load(address.to(tl.pointer_type(tl.int64)))
-    else:
-        return tl.inline_asm_elementwise(
-            "ld.relaxed.sys.global.b64 $0, [$1];", "=l,l", [address], dtype=tl.int64, is_pure=False, pack=1
-        )
-
-
-@triton.jit
-def _fence(value, INTERPRETED: tl.constexpr):
-    """`value`, once all that this thread has loaded is loaded; later loads come after it."""
-    if INTERPRETED:
-        return value
-    else:
-        return tl.inline_asm_elementwise(
-            "fence.acq_rel.sys; mov.b64 $0, $1;", "=l,l", [value], dtype=tl.int64, is_pure=False, pack=1
-        )
-
-
-@triton.jit
-def _words(address, wanted, INTERPRETED: tl.constexpr):
-    """int64 at each wanted address, 0 elsewhere."""
-    if INTERPRETED:
-        return tl.load(address.to(tl.pointer_type(tl.int64)), mask=wanted, other=0)
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b64 $0, 0; @p ld.relaxed.sys.global.b64 $0, [$1]; }",
-            "=&l,l,r", [address, wanted.to(tl.int32)], dtype=tl.int64, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def _ints(address, wanted, INTERPRETED: tl.constexpr):
-    """uint32 at each wanted address as int64, 0 elsewhere."""
-    if INTERPRETED:
-        return tl.load(address.to(tl.pointer_type(tl.uint32)), mask=wanted, other=0).to(tl.int64)
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.relaxed.sys.global.u32 $0, [$1]; }",
-            "=&r,l,r", [address, wanted.to(tl.int32)], dtype=tl.uint32, is_pure=False, pack=1,
-        ).to(tl.int64)  # fmt: skip
-
-
-@triton.jit
-def _halves(address, wanted, INTERPRETED: tl.constexpr):
-    """uint16 at each wanted address as int64, 0 elsewhere."""
-    if INTERPRETED:
-        return tl.load(address.to(tl.pointer_type(tl.uint16)), mask=wanted, other=0).to(tl.int64)
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.relaxed.sys.global.u16 $0, [$1]; }",
-            "=&r,l,r", [address, wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-        ).to(tl.int64)  # fmt: skip
-
-
-@triton.jit
-def _bytes(address, wanted, INTERPRETED: tl.constexpr):
-    """uint8 at each wanted address as int64, 0 elsewhere."""
-    if INTERPRETED:
-        return tl.load(address.to(tl.pointer_type(tl.uint8)), mask=wanted, other=0).to(tl.int64)
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.relaxed.sys.global.u8 $0, [$1]; }",
-            "=&r,l,r", [address, wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-        ).to(tl.int64)  # fmt: skip
-
-
-@triton.jit
-def _pairs(address, wanted, INTERPRETED: tl.constexpr):
-    """Two int64 at each wanted address, a multiple of 16; zeros elsewhere."""
-    if INTERPRETED:
-        first = address.to(tl.pointer_type(tl.int64))
-        return tl.load(first, mask=wanted, other=0), tl.load(first + 1, mask=wanted, other=0)
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $3, 0; mov.b64 $0, 0; mov.b64 $1, 0; "
-            "@p ld.relaxed.sys.global.v2.b64 {$0, $1}, [$2]; }",
-            "=&l,=&l,l,r", [address, wanted.to(tl.int32)], dtype=(tl.int64, tl.int64), is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def _units(address, wanted, UNIT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Units of so many bytes at the wanted addresses, two int64 tensors of them where UNIT is 16."""
-    if UNIT == 16:
-        first, second = _pairs(address, wanted, INTERPRETED)
-    elif UNIT == 8:
-        first = _words(address, wanted, INTERPRETED)
-        second = first
-    elif UNIT == 4:
-        first = _ints(address, wanted, INTERPRETED)
-        second = first
-    elif UNIT == 2:
-        first = _halves(address, wanted, INTERPRETED)
-        second = first
-    else:
-        first = _bytes(address, wanted, INTERPRETED)
-        second = first
-    return first, second
 
 
 @triton.jit
@@ -213,11 +103,11 @@ def _agree(scratch, value):
 def _find_way(line, set_slots, slot_bytes, tag, key, owner, wanted, INTERPRETED: tl.constexpr):
     """The way that holds exactly this record, or -1; threads may differ in it."""
     ways = tl.arange(0, _WAYS).to(tl.int64)
-    tags = _halves(line + _TAGS + 2 * ways, ways * 0 + wanted.to(tl.int64) != 0, INTERPRETED)
+    tags = halves_at(line + _TAGS + 2 * ways, ways * 0 + wanted.to(tl.int64) != 0, INTERPRETED)
     same = (tags == tag) & wanted
     slot = set_slots + ways * slot_bytes
-    same = same & (_words(slot + _KEY_AT, same, INTERPRETED) == key)
-    same = same & (_words(slot + _OWNER_AT, same, INTERPRETED) == owner)
+    same = same & (words_at(slot + _KEY_AT, same, INTERPRETED) == key)
+    same = same & (words_at(slot + _OWNER_AT, same, INTERPRETED) == owner)
     return tl.max(tl.where(same, ways, -1), axis=0)
 
 
@@ -231,14 +121,14 @@ def _try_region(view, at, scratch, key, owner, units, lanes, UNIT: tl.constexpr,
     tag = tl.where(tag == 0, 1, tag)
     line = tl.load(view + at + _INDEX) + which * _LINE
     set_slots = tl.load(view + at + _SLOTS) + which * _WAYS * slot_bytes
-    before = _agree(scratch + _SEEN, _acquire(line + _SEQUENCE, INTERPRETED))
+    before = _agree(scratch + _SEEN, acquire_at(line + _SEQUENCE, INTERPRETED))
     still = (before & 1) == 0
     way = _agree(scratch + _WAY, _find_way(line, set_slots, slot_bytes, tag, key, owner, still, INTERPRETED))
     source = set_slots + way * slot_bytes + _RECORD_AT + tl.load(view + _PART_AT)
-    first, second = _units(source + lanes * UNIT, (lanes < units) & (way >= 0), UNIT, INTERPRETED)
-    way = _fence(way, INTERPRETED)
+    first, second = units_at(source + lanes * UNIT, (lanes < units) & (way >= 0), UNIT, INTERPRETED)
+    way = fence(way, INTERPRETED)
     tl.debug_barrier()  # no thread looks again before all have loaded
-    unchanged = still & (_again(line + _SEQUENCE, INTERPRETED) == before)
+    unchanged = still & (again_at(line + _SEQUENCE, INTERPRETED) == before)
     verdict = tl.where(unchanged, tl.where(way >= 0, _WHOLE, _ABSENT), _STALE).to(tl.int64)
     verdict = _agree(scratch + _VERDICT, verdict)
     whole = verdict == _WHOLE
@@ -249,7 +139,7 @@ def _try_region(view, at, scratch, key, owner, units, lanes, UNIT: tl.constexpr,
 def _note_touch(view, at, which, way, tag, found, touches, touch_mask, counters, INTERPRETED: tl.constexpr):
     """Where counting this read would change the record's state, a touch into the ring, over the oldest."""
     line = tl.load(view + at + _INDEX) + which * _LINE
-    state = _bytes(line + _STATES + tl.maximum(way, 0), found, INTERPRETED)
+    state = bytes_at(line + _STATES + tl.maximum(way, 0), found, INTERPRETED)
     queue = state & _QUEUE
     news = found & (((state & _AWAITED) != 0) | ((queue != _SMALL_READ) & (queue != _MAIN_READ)))
     place = tl.atomic_add(counters + _TOUCHED, 1, mask=news, sem="relaxed")
@@ -294,7 +184,7 @@ def read_records(
     scratch += i * 4
     looking = (tl.load(view + _NEW + _INDEX) != 0) & (key >= 0)
     if looking:  # else there may be no control word
-        served = _acquire(tl.load(view + _CONTROL), INTERPRETED) == tl.load(view + _SERVING)
+        served = acquire_at(tl.load(view + _CONTROL), INTERPRETED) == tl.load(view + _SERVING)
         looking = _agree(scratch + _VERDICT, served.to(tl.int64)) != 0
         tl.debug_barrier()
     at = _NEW

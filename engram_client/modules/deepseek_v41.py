@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from engram_client.errors import BadRequest
+from engram_client.gpu import fused
 from engram_client.modules.checkpoint import (
     StateDict,
     TableBeside,
@@ -85,13 +86,16 @@ class DeepseekV41Engram(TableBeside):
         """
         check_streams(hidden_states, self.hc_mult, self.hidden_size)
         flat = flat_embeddings(embeddings, hidden_states, self.embedding_dim)
-        projected = self.wkv(flat.to(self.wkv.weight.dtype)).unflatten(
-            -1, (self.hc_mult + 1, self.hidden_size)
-        )
+        mixed = self.wkv(flat.to(self.wkv.weight.dtype))
+        if dead is not None:
+            dead = _checked_dead(dead, hidden_states)
+        if fused.gates(hidden_states, mixed, self.q_weight, self.k_weight):
+            return fused.gate(hidden_states, mixed, self.q_weight, self.k_weight, self.eps, dead)
+        projected = mixed.unflatten(-1, (self.hc_mult + 1, self.hidden_size))
         keys, value = projected[..., :-1, :], projected[..., -1:, :]
         gate = context_gate(hidden_states, keys, self.q_weight, self.k_weight, self.eps)
         if dead is not None:
-            gate = gate.masked_fill(_checked_dead(dead, hidden_states).unsqueeze(-1), 0.0)
+            gate = gate.masked_fill(dead.unsqueeze(-1), 0.0)
         return (hidden_states + gate.unsqueeze(-1) * value).to(hidden_states.dtype)
 
 

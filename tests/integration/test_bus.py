@@ -13,6 +13,7 @@ import torch
 from engram_client import Table, connect, errors
 from engram_client.gpu.bus import BusReader
 from tests.support.daemon import Daemon, running, serve_command
+from tests.support.interpreted_checks import interpret
 from tests.support.oracle import Oracle
 from tests.support.shared_memory import SMALL, grown, mapped_arenas, rows_of
 from tests.support.stores import (
@@ -240,3 +241,9 @@ def test_without_a_daemon_on_this_machine_nothing_is_found(packed: PackedStore, 
         reader.lookup_into(torch.from_numpy(keys), out)
         assert np.array_equal(out.numpy(), parts(oracle, keys, None))
         reader.close()
+
+
+def test_the_interpreted_kernel_does_what_its_twin_does(packed: PackedStore, roomy: Daemon) -> None:
+    tables = {name: random_keys(packed.oracles[name], 6, seed=91, masked=0.2).tolist() for name in (V41, PLE)}
+    tables[PLAIN] = [[1], [2], [3], [-1]]
+    interpret("arena", unix=roomy.unix, tables=tables)

@@ -1,4 +1,4 @@
-"""The client with ids and rows on a device, here CPU tensors: look-ups, prefetches, steps, and their order."""
+"""The client with ids and rows on a device, here CPU tensors: look-ups, prefetches, steps, their order."""
 
 from __future__ import annotations
 
