@@ -77,6 +77,7 @@ class Missed:
 class BusReader:
     """One table's cached records for one device. Belongs to one thread and one stream at a time.
 
+    reads:   how many there were; `missed` tells of the last one
     missing: bool [entries_max] on the device, of the last read: no record was found, nor was it -1
     """
 
@@ -117,7 +118,7 @@ class BusReader:
         self._words = np.zeros(VIEW_WORDS, np.int64)  # of the view, with addresses of this process
         self._held: list[Registered] = []
         self._said = False
-        self._entries = self._touches_told = 0
+        self._entries = self._touches_told = self.reads = 0
         self.refresh()
         self._warm()
 
@@ -192,7 +193,7 @@ class BusReader:
         self._check(ids, out)
         if not capturing(self.device):
             self.refresh()
-        self._entries = ids.numel()
+        self._entries, self.reads = ids.numel(), self.reads + 1
         if self._entries:
             self._lists.counters[:2].zero_()
             launch(

@@ -12,6 +12,7 @@ import torch
 
 from engram_client import Table, connect, errors
 from engram_client.gpu.bus import BusReader
+from engram_client.gpu.device_table import DeviceTable
 from tests.support.daemon import Daemon, running, serve_command
 from tests.support.interpreted_checks import interpret
 from tests.support.oracle import Oracle
@@ -247,3 +248,32 @@ def test_the_interpreted_kernel_does_what_its_twin_does(packed: PackedStore, roo
     tables = {name: random_keys(packed.oracles[name], 6, seed=91, masked=0.2).tolist() for name in (V41, PLE)}
     tables[PLAIN] = [[1], [2], [3], [-1]]
     interpret("arena", unix=roomy.unix, tables=tables)
+
+
+@pytest.mark.parametrize("bus_entries_max", [0, 30, None])
+def test_a_table_for_a_device_goes_the_way_that_its_size_says(
+    packed: PackedStore, roomy: Daemon, bus_entries_max: int | None
+) -> None:
+    oracle = packed.oracles[V41]
+    with connect(roomy.unix) as client:
+        near = DeviceTable(client.table(V41), CPU, entries_max=60, bus_entries_max=bus_entries_max)
+        over_the_bus = [n for n in (0, 3, 30, 33, 60, 63) if near.goes_over_the_bus(n)]
+        assert over_the_bus == {0: [], 30: [3, 30], None: [3, 30, 33, 60]}[bus_entries_max]
+        for lines in (0, 1, 10, 20, 30):
+            keys = random_keys(oracle, lines, seed=70 + lines, masked=0.1)
+            expected = oracle.lookup_ngrams(keys)
+            assert np.array_equal(near.lookup_ngrams(torch.from_numpy(keys)).numpy(), expected)
+            handle = near.prefetch_ngrams(torch.from_numpy(keys))
+            assert np.array_equal(handle.wait(timeout=30).numpy(), expected)
+            out = torch.zeros(expected.shape, dtype=torch.uint8)
+            near.lookup_ngrams_into(torch.from_numpy(keys), out)
+            assert np.array_equal(out.numpy(), expected)
+        first, second = (random_keys(oracle, 10, seed=s) for s in (80, 81))
+        handles = [near.prefetch_ngrams(torch.from_numpy(keys)) for keys in (first, second)]
+        for keys, handle in zip((first, second), handles, strict=True):  # the first is not the last any more
+            assert np.array_equal(handle.wait().numpy(), oracle.lookup_ngrams(keys))
+        assert near.dequantize(out).shape == (*out.shape[:2], 256)
+        with pytest.raises(errors.BadRequest, match="addressed by rows"):
+            DeviceTable(client.table(V41_ROWS), CPU, entries_max=3)
+        with pytest.raises(errors.BadRequest, match="float32"):
+            near.lookup_ngrams(torch.zeros(1, 3))
