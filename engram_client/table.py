@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from engram_client import device_rows
 from engram_client.arrays import is_tensor, like, on_device, to_host, writable_host_view
-from engram_client.deadline import Deadline
 from engram_client.errors import BadRequest
 from engram_client.hashing import NgramHashMapping, inputs, recover_keys, row_ids_from_keys
 from engram_client.ids import check_keys, check_row_ids
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import torch
 
     from engram_client.arrays import Array
-    from engram_client.gpu.carrier import Fill
     from engram_client.transport.attachment import View
 
 DEFAULT_TIMEOUT_S = 30.0
@@ -52,12 +51,6 @@ def _kept(query: _Query) -> _Query:
     asked = query.request
     ids = asked.ids.copy()  # `dataclasses.replace` would take longer than a small one's copy
     return _Query(LookupRequest(asked.table, asked.generation, asked.address, ids, asked.heads), query.shape)
-
-
-def _taken(landed: Any) -> Array:
-    """Rows that were copied to a device, in the order of the current stream."""
-    rows: Array = landed.take()
-    return rows
 
 
 class Table:
@@ -355,48 +348,23 @@ class Table:
 
     def _answer(self, query: _Query, ids: Any, timeout: float | None) -> Array:
         """The rows, where the ids are."""
-        if not on_device(ids):
-            return like(self._read(query, timeout), ids)
-        from engram_client.gpu.carrier import carrier_of
-
-        carrier = carrier_of(ids.device)
-        out = carrier.empty(query.shape)
-        carrier.fill(out, len(query.request.ids), self._filling(query, timeout))
-        return out
+        if on_device(ids):
+            return device_rows.rows_like(self._transport, (query.request, query.shape), ids, timeout)
+        return like(self._read(query, timeout), ids)
 
     def _read_into(self, query: _Query, out: Any, timeout: float | None) -> None:
         host = writable_host_view(out, query.shape)
         if host is not None:
             self._fill(query, host, timeout)
-            return
-        from engram_client.gpu.carrier import carrier_of
-
-        carrier_of(out.device).fill(out, len(query.request.ids), self._filling(query, timeout))
-
-    def _filling(self, query: _Query, timeout: float | None) -> Fill:
-        """Reads some of the entries at a time; `timeout` is for all of them together."""
-        asked, deadline = query.request, Deadline.after(timeout)
-
-        def fill(part: slice, rows: np.ndarray) -> None:
-            request = LookupRequest(
-                asked.table, asked.generation, asked.address, asked.ids[part], asked.heads
-            )
-            self._transport.lookup(request, rows, deadline.remaining_s())
-
-        return fill
+        else:
+            device_rows.fill_out(self._transport, query.request, out, timeout)
 
     def _start_on_device(self, query_of: Callable[[Any], _Query], ids: Any, timeout: float | None) -> Handle:
-        """Ids on a device: whoever reads waits for them, and errors of theirs are `wait`'s."""
-        from engram_client.gpu.carrier import carrier_of
+        def asked(found: np.ndarray) -> device_rows.Query:
+            query = query_of(found)
+            return query.request, query.shape
 
-        carrier = carrier_of(ids.device)
-        pending = carrier.start_ids(ids)
-
-        def read() -> Any:
-            query = query_of(pending.wait())
-            return carrier.bring(query.shape, len(query.request.ids), self._filling(query, timeout))
-
-        return self._prefetcher.start(read, _taken)
+        return device_rows.start(self._transport, self._prefetcher, asked, ids, timeout)
 
     def _start(self, query: _Query, ids: Any, timeout: float | None) -> Handle:
         query = _kept(query)
