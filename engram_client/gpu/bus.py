@@ -78,6 +78,7 @@ class BusReader:
     """One table's cached records for one device. Belongs to one thread and one stream at a time.
 
     reads:   how many there were; `missed` tells of the last one
+    entry_bytes: of the rows of one id
     missing: bool [entries_max] on the device, of the last read: no record was found, nor was it -1
     """
 
@@ -108,8 +109,8 @@ class BusReader:
         self.entries_max = entries_max
         self._table, self._heads, self._keep_masked = table, heads, keep_masked
         self._orders, self._shape = _entry_shape(table, heads)
-        self._part_bytes = math.prod(self._shape) // self._orders
-        check_part_bytes(self._part_bytes)
+        self.entry_bytes = math.prod(self._shape) // self._orders
+        check_part_bytes(self.entry_bytes)
         with torch.inference_mode(False):
             self._view = torch.zeros(VIEW_WORDS, dtype=torch.int64, device=self.device)
             self.missing = torch.zeros(entries_max, dtype=torch.bool, device=self.device)
@@ -126,7 +127,7 @@ class BusReader:
         """Have the kernel for these shapes compiled before somebody waits for rows; nothing is read."""
         masked = torch.full((self._orders,), -1, dtype=torch.int64, device=self.device)
         if (self.device.type != "cuda" or BUS.serves(self.device)) and self.entries_max >= self._orders:
-            out = torch.zeros(self._orders * self._part_bytes, dtype=torch.uint8, device=self.device)
+            out = torch.zeros(self._orders * self.entry_bytes, dtype=torch.uint8, device=self.device)
             self.read(masked, out)
             self.missed()
 
@@ -198,7 +199,7 @@ class BusReader:
             self._lists.counters[:2].zero_()
             launch(
                 self._view if self.device.type == "cuda" else torch.from_numpy(self._words),
-                ids.reshape(-1), out.view(self._entries, self._part_bytes), self.missing, self._lists,
+                ids.reshape(-1), out.view(self._entries, self.entry_bytes), self.missing, self._lists,
                 self._orders, self._keep_masked, self._unit(out),
             )  # fmt: skip
             self._lists.told.copy_(self._lists.counters, non_blocking=True)
@@ -241,12 +242,12 @@ class BusReader:
             rows = self._table.lookup_ngrams(lines, heads=self._heads, timeout=deadline.remaining_s())
         else:
             rows = self._table.lookup(lines[:, 0], timeout=deadline.remaining_s())
-        found = np.asarray(rows).reshape(-1, self._part_bytes)
+        found = np.asarray(rows).reshape(-1, self.entry_bytes)
         carrier = carrier_of(self.device)
-        there = carrier.empty((len(source), self._part_bytes))
+        there = carrier.empty((len(source), self.entry_bytes))
         carrier.send_into(found, there, source)
         places = torch.from_numpy(missed.positions).to(self.device)
-        out.view(-1, self._part_bytes).index_copy_(0, places, there)
+        out.view(-1, self.entry_bytes).index_copy_(0, places, there)
 
     def lookup_into(self, ids: Tensor, out: Tensor, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> None:
         """`read`, and `fill` where something is missing: waits for the device once."""
@@ -262,7 +263,7 @@ class BusReader:
         self._held = []
 
     def _unit(self, out: Tensor) -> int:
-        return math.gcd(16, self._part_bytes, int(self._words[PART_AT]), out.data_ptr())
+        return math.gcd(16, self.entry_bytes, int(self._words[PART_AT]), out.data_ptr())
 
     def _check(self, ids: Tensor, out: Tensor) -> None:
         if ids.device != self.device or ids.dtype != torch.int64 or not ids.is_contiguous():
@@ -274,7 +275,7 @@ class BusReader:
             raise BadRequest(
                 f"{n} ids: this reader was made for at most {self.entries_max}, in lines of {self._orders}"
             )
-        wanted = n * self._part_bytes
+        wanted = n * self.entry_bytes
         right = out.device == self.device and out.dtype == torch.uint8 and out.is_contiguous()
         if not right or out.numel() != wanted:
             raise BadRequest(

@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 def read(reader: BusReader, table: Table, ids: np.ndarray, fill: int = 7) -> torch.Tensor:
-    out = torch.full((ids.size, reader._part_bytes), fill, dtype=torch.uint8)
+    out = torch.full((ids.size, reader.entry_bytes), fill, dtype=torch.uint8)
     reader.read(torch.from_numpy(ids), out)
     return out
 

@@ -117,7 +117,7 @@ def arena(unix: str, tables: dict[str, list[list[int]]], **_: Any) -> None:
             table.lookup_ngrams(keys[: len(keys) // 2]) if table.spec.scheme else table.lookup(keys[:2, 0])
             reader = BusReader(table, CPU, entries_max=keys.size, heads=heads, touches=64)
             ids = torch.from_numpy(keys.reshape(-1))
-            out = torch.full((keys.size, reader._part_bytes), 7, dtype=torch.uint8)
+            out = torch.full((keys.size, reader.entry_bytes), 7, dtype=torch.uint8)
             reader.read(ids, out)
             counters = reader._lists.counters.clone()
             missed = reader.missed()

@@ -1,6 +1,6 @@
-"""A small decoder-only transformer on the CPU, with V4.1's Engram module at some of its layers.
+"""A small decoder-only transformer, with V4.1's Engram module at some of its layers.
 
-Plain float32 layers (RMS norm, attention with a cache of keys and values, a GELU feed-forward of four
+Plain layers (RMS norm, attention with a cache of keys and values, a GELU feed-forward of four
 times the width) with seeded weights: nothing is learned, only the time counts. There is no output head and
 only a small token embedding, so that nothing but the layers stands beside what the rows cost.
 """
@@ -34,9 +34,11 @@ class Shape:
 class Cache:
     """Keys and values of what a batch of sequences has seen, [layers][B, heads, positions_max, width]."""
 
-    def __init__(self, shape: Shape, batch: int, positions_max: int) -> None:
+    def __init__(self, shape: Shape, batch: int, positions_max: int, like: Tensor | None = None) -> None:
+        """In float32 on the CPU, or where and in the dtype that `like` is."""
         size = (shape.layers, batch, shape.hidden // HEAD_WIDTH, positions_max, HEAD_WIDTH)
-        self.keys, self.values = torch.zeros(size), torch.zeros(size)
+        like = torch.empty(0) if like is None else like
+        self.keys, self.values = like.new_zeros(size), like.new_zeros(size)
         self.seen = 0
 
 
@@ -57,7 +59,8 @@ class Block(nn.Module):
         parts = self.qkv(self.norm_in(x)).view(batch, length, 3, -1, HEAD_WIDTH).permute(2, 0, 3, 1, 4)
         end = seen + length
         keys[:, :, seen:end], values[:, :, seen:end] = parts[1], parts[2]
-        mask = None if length == 1 else torch.ones(length, end, dtype=torch.bool).tril(diagonal=seen)
+        ones = torch.ones(length, end, dtype=torch.bool, device=x.device)
+        mask = None if length == 1 else ones.tril(diagonal=seen)
         mixed = F.scaled_dot_product_attention(parts[0], keys[:, :, :end], values[:, :, :end], attn_mask=mask)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, hidden))
         return x + self.down(F.gelu(self.up(self.norm_mid(x))))
