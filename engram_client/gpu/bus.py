@@ -57,6 +57,7 @@ from engram_client.gpu.carrier import carrier_of
 from engram_client.gpu.host_memory import NotRegistered, Registered
 from engram_client.gpu.probe import as_device, capturing
 from engram_client.gpu.streams import record_current
+from engram_client.hbm.misses import distinct_lines
 from engram_client.ids import check_keys, check_row_ids
 from engram_client.table import DEFAULT_TIMEOUT_S, Table
 from engram_client.transport.attachment import View
@@ -233,8 +234,6 @@ class BusReader:
         """
         if not missed.ids.size:
             return
-        from engram_client.hbm.table import distinct_lines  # that package may import this module
-
         deadline = Deadline.after(timeout)
         self._check_ids(missed.ids)
         lines, source = distinct_lines(missed.ids, missed.positions % self._orders, self._orders)

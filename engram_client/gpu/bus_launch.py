@@ -12,7 +12,7 @@ from engram_client.arena import layout, listed_read
 from engram_client.arena import shared_read as shared
 from engram_client.errors import BadRequest
 from engram_client.gpu.pinned import pinned_bytes
-from engram_client.gpu.probe import KernelGroup, interpreted
+from engram_client.gpu.probe import KernelGroup, interpreted, made_current
 
 CHUNKS_OF_A_THREAD = 8  # that a record takes in registers
 PART_BYTES_MAX = 1 << 16
@@ -70,12 +70,13 @@ def launch(
 
     units = out.shape[1] // unit
     tile = 1 << max(4, (units - 1).bit_length())
-    read_records[(len(ids),)](
-        view, ids, out.view(UNIT_DTYPES[unit]), missing, lists.listed, lists.touches, lists.counters,
-        lists.scratch, units, len(lists.touches) - 1,
-        ORDERS=orders, UNIT=unit, TILE=tile, KEEP_MASKED=keep_masked,
-        INTERPRETED=interpreted(), num_warps=warps_for(tile),
-    )  # fmt: skip
+    with made_current(ids.device):
+        read_records[(len(ids),)](
+            view, ids, out.view(UNIT_DTYPES[unit]), missing, lists.listed, lists.touches, lists.counters,
+            lists.scratch, units, len(lists.touches) - 1,
+            ORDERS=orders, UNIT=unit, TILE=tile, KEEP_MASKED=keep_masked,
+            INTERPRETED=interpreted(), num_warps=warps_for(tile),
+        )  # fmt: skip
 
 
 def warps_for(tile: int) -> int:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engram_client.gpu.probe import KernelGroup
+from engram_client.gpu.probe import KernelGroup, made_current
 from engram_client.spec import RowLayout
 
 WIDTH_MAX = 1 << 14  # of a stream that a program holds in registers
@@ -55,14 +55,16 @@ def _launch_decode(layout: RowLayout, rows: Tensor, out: Tensor, index: Tensor |
     scale = next((f for f in layout.fields if f.name == "scale"), None)
     if not count:
         return
-    decode_rows[(-(-count // ROWS_A_PROGRAM),)](
-        rows, rows if index is None else index.contiguous(), out, count,
-        1.0 if layout.global_scale is None else float(layout.global_scale),
-        ROW_BYTES=layout.row_bytes, WEIGHT_AT=layout.offset_bytes("weight"),
-        SCALE_AT=0 if scale is None else layout.offset_bytes("scale"),
-        WEIGHTS=weight.count, SCALE_BLOCK=0 if scale is None else weight.count // scale.count, GROUP=group,
-        INDEXED=index is not None, TILE=1 << (weight.count - 1).bit_length(), ROWS=ROWS_A_PROGRAM,
-    )  # fmt: skip
+    with made_current(rows.device):
+        decode_rows[(-(-count // ROWS_A_PROGRAM),)](
+            rows, rows if index is None else index.contiguous(), out, count,
+            1.0 if layout.global_scale is None else float(layout.global_scale),
+            ROW_BYTES=layout.row_bytes, WEIGHT_AT=layout.offset_bytes("weight"),
+            SCALE_AT=0 if scale is None else layout.offset_bytes("scale"),
+            WEIGHTS=weight.count, GROUP=group,
+            SCALE_BLOCK=0 if scale is None else weight.count // scale.count,
+            INDEXED=index is not None, TILE=1 << (weight.count - 1).bit_length(), ROWS=ROWS_A_PROGRAM,
+        )  # fmt: skip
 
 
 def gates(hidden_states: Tensor, projected: Tensor, *weights: Tensor) -> bool:
@@ -97,13 +99,14 @@ def gate(
     if not positions:
         return out
     tile = 1 << max(4, (width - 1).bit_length())
-    kernel[(positions, streams)](
-        x, projected.contiguous(), query_weight.contiguous(), key_weight.contiguous(),
-        x if dead is None else dead.contiguous(), out, float(width) ** 0.5,
-        torch.finfo(torch.float32).eps if eps is None else float(eps),
-        STREAMS=streams, WIDTH=width, TILE=tile, HAS_DEAD=dead is not None,
-        num_warps=max(1, min(16, tile // 512)),
-    )  # fmt: skip
+    with made_current(x.device):
+        kernel[(positions, streams)](
+            x, projected.contiguous(), query_weight.contiguous(), key_weight.contiguous(),
+            x if dead is None else dead.contiguous(), out, float(width) ** 0.5,
+            torch.finfo(torch.float32).eps if eps is None else float(eps),
+            STREAMS=streams, WIDTH=width, TILE=tile, HAS_DEAD=dead is not None,
+            num_warps=max(1, min(16, tile // 512)),
+        )  # fmt: skip
     return out
 
 

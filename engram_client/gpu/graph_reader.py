@@ -39,7 +39,7 @@ from torch import Tensor
 from engram_client.deadline import Deadline
 from engram_client.errors import BadRequest, DeadlineExceeded
 from engram_client.gpu.pinned import pinned_bytes
-from engram_client.gpu.probe import KernelGroup, as_device, capturing, interpreted
+from engram_client.gpu.probe import KernelGroup, as_device, capturing, interpreted, made_current
 from engram_client.gpu.streams import SideStream, record_current, side_stream
 from engram_client.staging import StagedStep, StagingRing
 
@@ -181,7 +181,8 @@ def _await(word: Tensor, expected: Tensor, found: Tensor, polls: int) -> None:
         return
     from engram_client.gpu.late_kernels import await_word
 
-    await_word[(1,)](word, expected, found, polls, INTERPRETED=interpreted(), num_warps=1)
+    with made_current(found.device):
+        await_word[(1,)](word, expected, found, polls, INTERPRETED=interpreted(), num_warps=1)
 
 
 def _confirm(word: Tensor, found: Tensor, late: Tensor) -> None:
@@ -192,7 +193,8 @@ def _confirm(word: Tensor, found: Tensor, late: Tensor) -> None:
         return
     from engram_client.gpu.late_kernels import confirm_word
 
-    confirm_word[(1,)](word, found, late, INTERPRETED=interpreted(), num_warps=1)
+    with made_current(found.device):
+        confirm_word[(1,)](word, found, late, INTERPRETED=interpreted(), num_warps=1)
 
 
 def _trial(device: torch.device) -> None:
