@@ -1,4 +1,4 @@
-"""For a machine with CUDA: the arena over the bus, device tensors, captured graphs and fused kernels, for real.
+"""For a machine with CUDA: the arena over the bus, device tensors, captured graphs and fused kernels.
 
 Skipped where there is no GPU; nothing here has been run on one yet.
 """
