@@ -17,6 +17,7 @@ in the place of the side streams that works as late as it may; not yet run on a 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -149,9 +150,15 @@ class Carrier:
         self.fill(out, entries, fill)
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
-        """Memory for rows, uint8, in the order of the current stream."""
-        with torch.inference_mode(False):  # may be filled elsewhere than where it was asked for
-            return torch.empty(shape, dtype=torch.uint8, device=self.device)
+        """Memory for rows, uint8, in the order of the current stream. Raises BadRequest."""
+        try:
+            with torch.inference_mode(False):  # may be filled elsewhere than where it was asked for
+                return torch.empty(shape, dtype=torch.uint8, device=self.device)
+        except RuntimeError as error:
+            raise BadRequest(
+                f"{self.device} has no {math.prod(shape)} bytes for the rows of this look-up; ask for less "
+                f"at a time, or free some: {error}"
+            ) from error
 
     def _parts(self, entries: int, entry_bytes: int) -> Iterator[tuple[slice, StagingBuffer, Tensor]]:
         """(entries, buffer, uint8 [so many, entry_bytes] of it) until all entries have had their turn."""

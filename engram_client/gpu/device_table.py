@@ -89,8 +89,11 @@ class DeviceTable:
 
     def _keys(self, ngram_keys: Any) -> Tensor:
         keys = torch.as_tensor(ngram_keys, device=self.device)
-        if keys.dtype not in (torch.int64, torch.int32) or keys.ndim == 0:
-            raise BadRequest(f"ngram_keys must be int64 or int32 [..., orders], got {keys.dtype}")
+        orders = self.spec.scheme.orders if self.spec.scheme else 1
+        if keys.dtype not in (torch.int64, torch.int32) or keys.shape[-1:] != (orders,):
+            raise BadRequest(
+                f"ngram_keys must be int64 or int32 [..., {orders}], got {keys.dtype} {list(keys.shape)}"
+            )
         return keys.long().contiguous()
 
 

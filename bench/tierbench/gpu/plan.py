@@ -11,8 +11,8 @@ from engram_client.errors import BadRequest
 FOLDER = Path(__file__).parent / "sections"
 FIRST = "copy"  # the device's own bandwidth, which stands in every record
 PARTS = {
-    1: (FIRST, "hits", "hits_90", "hashing", "ids_to_rows", "fused", "storage"),
-    2: (FIRST, "bus", "daemon_arena", "model_step"),
+    1: (FIRST, "hits", "hits_90", "hashing", "ids_to_rows", "storage"),
+    2: (FIRST, "bus", "fused", "daemon_arena", "model_step"),
 }
 PART_LIMIT_S = 570
 TIMEOUT_S = 60  # of a section that does not say

@@ -28,7 +28,7 @@ from tierbench.gpu.scale import Scale
 from tierbench.prepared import prepared_table
 from tierbench.record import compare, summarize
 
-TIMEOUT_S = 200
+TIMEOUT_S = 100
 FILL, KEYS_A_CALL, FILL_TIMEOUT_S = 0.5, 6144, 120.0  # of DRAM, so that nothing has to leave
 BARS = (
     Bar("over the bus beats staging for one token", "decode_1.over_staged.ratio_median", ">=", 1.0),

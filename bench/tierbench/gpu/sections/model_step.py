@@ -33,7 +33,7 @@ from tierbench.overlap.model import Cache, Shape, Transformer
 from tierbench.overlap.setting import LAYERS, Service, Setting, make_setting, running_services
 from tierbench.record import compare, summarize
 
-TIMEOUT_S = 300
+TIMEOUT_S = 220
 PART, HBM_SHARE = 0.1, 0.2  # of the tables, and of that part
 STEPS = {True: 8, False: 2}  # of a window
 OVERHEAD_MAX = 1.03
