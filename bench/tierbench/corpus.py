@@ -95,7 +95,13 @@ def load_trace(path: Path) -> tuple[Ids, Offsets]:
             ids, off = found["ids"], found["off"]
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except zipfile.BadZipFile as error:
+        raise FormatError(f"{path}: not a token trace, nor an .npz of numpy's: {error}") from error
+    except (KeyError, ValueError, TypeError, AttributeError, EOFError) as error:
+        if not zipfile.is_zipfile(path):
+            raise FormatError(
+                f"{path}: not a token trace: an .npz that numpy.savez wrote was expected, with 'ids' and 'off'"
+            ) from error
         raise FormatError(f"{path}: not a token trace with 'ids' and 'off': {error}") from error
     right = ids.dtype == np.uint32 and off.dtype == np.int64 and ids.ndim == off.ndim == 1 and len(off) > 0
     if right and np.any(np.diff(off) < 0):

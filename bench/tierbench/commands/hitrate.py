@@ -114,14 +114,14 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if sum((args.model is not None, bool(args.table) and not args.live, args.live is not None)) != 1:
         raise BadRequest("say which tables: one of --model, --table and --live (with --table NAME)")
+    if (args.hbm or args.extent) and not (args.dram or args.live):
+        raise BadRequest("--hbm and --extent stand beside DRAM: say --dram, too; 0 is none")
     if not (args.dram or args.curve or args.live):
         raise BadRequest("say what to find out: --dram SIZE[,SIZE], --curve or --live TARGET")
     if args.live and (args.dram or args.hbm or args.extent or args.curve):
         raise BadRequest(
             "--live takes the daemon's own budgets; ask for --dram, --hbm, --extent or --curve in another run"
         )
-    if (args.hbm or args.extent) and not args.dram:
-        raise BadRequest("--hbm and --extent stand beside DRAM: say --dram, too; 0 is none")
     if args.addressing == "row" and not args.model:
         raise BadRequest("--addressing is for --model; a packed table states its own")
     if args.sample is not None and not 0 < args.sample <= 1:

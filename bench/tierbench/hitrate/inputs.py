@@ -137,9 +137,11 @@ def _field(line: str, name: str, where: str) -> str:
     try:
         found = json.loads(line)
     except ValueError as error:
-        raise FormatError(f"{where}: not a line of JSON: {error}") from error
+        raise FormatError(f"{where}: not a line of JSON: {error}; mend the line or take it out") from error
     if not isinstance(found, dict) or not isinstance(found.get(name), str):
         have = ", ".join(sorted(found)) if isinstance(found, dict) else type(found).__name__
+        if isinstance(found, dict) and name in found:
+            have = f"{type(found[name]).__name__} in it"
         raise FormatError(
             f"{where}: expected an object with text in {name!r}, got {have}; choose with --field"
         )

@@ -301,8 +301,12 @@ def test_one_record_in_a_hundred_tells_the_curve_within_a_point() -> None:
 
 
 def test_a_sample_too_small_for_a_curve_is_told(v41: Model) -> None:
-    with pytest.raises(BadRequest, match="take a larger --sample"):
-        miss_ratio_curve(v41, sampled(v41, stream_of(2_000), 0.01).trace, None, lambda count: None)
+    stream = stream_of(2_000)
+    with pytest.raises(BadRequest, match="give 1.1 times as much text"):
+        miss_ratio_curve(v41, sampled(v41, stream, 0.01).trace, None, lambda count: None)
+    big = model_of("deepseek-v4.1", 400_000)
+    with pytest.raises(BadRequest, match="take a larger --sample, 0"):
+        miss_ratio_curve(big, sampled(big, stream_of(30_000), 0.05).trace, None, lambda count: None)
 
 
 def test_single_rows_are_those_of_the_records(v41: Model) -> None:

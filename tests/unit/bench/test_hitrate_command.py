@@ -168,7 +168,7 @@ class TestWrongInput:
         [
             ("{", "not a line of JSON"),
             ('{"body": "x"}', "got body; choose with --field"),
-            ('{"text": 3}', "got text; choose"),
+            ('{"text": 3}', "got int in it; choose"),
             ("[1]", "got list; choose"),
         ],
     )
@@ -223,6 +223,10 @@ class TestWrongInput:
         self.refused(capsys, 2, "--curve", trace, *base)
         self.refused(capsys, 2, "one of --model", trace, "--dram", "1MiB")
         self.refused(capsys, 2, "one of --model", trace, *base, "--table", "x", "--dram", "1MiB")
+        self.refused(capsys, 2, "say --dram, too", trace, *base, "--hbm", "1MiB")
+        self.refused(capsys, 2, "--addressing is for --model", trace, "--table", "x", "--addressing", "row",
+            "--dram", "1MiB")  # fmt: skip
+        self.refused(capsys, 2, "--hbm 1KiB: a cache", trace, *base, "--dram", "1MiB", "--hbm", "1KiB")
         self.refused(capsys, 2, "the daemon's own budgets", trace, "--live", "unix:x", "--dram", "1MiB")
 
     def test_sizes_of_no_mix(self, trace: Path, base: list[object], capsys: Capture) -> None:
@@ -265,6 +269,35 @@ def test_no_budget_and_more_than_the_tables_are_answered(
     assert beyond_reason["hit_rate"] == all_of_it["hit_rate"]
     assert hitrate(trace, *base, "--dram", "200%") == 0
     assert "200.00 %, all of them" in capsys.readouterr().out
+
+
+def test_tiers_are_told_side_by_side(trace: Path, base: list[object], capsys: Capture) -> None:
+    """All pairs of what is asked for, each with what its tiers answer, for machines and for people."""
+    tiers = ["--dram", "0,256KiB", "--hbm", "64KiB", "--extent", "0,1MiB"]
+    budgets = figures(capsys, trace, *base, *tiers)["budgets"]
+    assert [(b["hbm_bytes"], b["dram_bytes"], b["extent_bytes"]) for b in budgets] == [
+        (1 << 16, dram, extent) for dram in (0, 1 << 18) for extent in (0, 1 << 20)
+    ]
+    assert [set(b["tiers"]) for b in budgets] == [{"hbm", "dram"}, {"hbm", "dram", "extent"}] * 2
+    for budget in budgets:
+        assert sum(budget["hit_rate_by_tier"].values()) == pytest.approx(1)
+        for name, tier in budget["tiers"].items():
+            assert tier["hit_rate"] == budget["hit_rate_by_tier"][name]
+            assert np.mean(list(tier["hit_rate_by_table"].values())) == pytest.approx(tier["hit_rate"])
+    assert budgets[1]["disk_bytes_per_token"] < budgets[0]["disk_bytes_per_token"]
+    assert hitrate(trace, *base, *tiers) == 0
+    shown = capsys.readouterr().out
+    assert "HBM budget" in shown
+    assert "extent budget" in shown
+
+
+def test_a_model_packed_by_rows(trace: Path, base: list[object], capsys: Capture) -> None:
+    found = figures(capsys, trace, *base, "--addressing", "row", "--dram", "256KiB")
+    assert (found["model"]["addressing"], found["model"]["rows_per_record"]) == ("row", 1)
+    assert found["trace"]["accesses"] == 3_000 * 2 * 16
+    assert "single_rows" not in found["budgets"][0]["beside"]
+    assert hitrate(trace, *base, "--addressing", "row", "--dram", "256KiB", "--curve") == 0
+    assert "each row is a record of its own" in capsys.readouterr().out
 
 
 class TestProgress:
