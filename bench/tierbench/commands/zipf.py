@@ -30,13 +30,13 @@ from tierbench.options import count, whole
 from tierbench.policy.phrases import FIRST_TOKEN
 from tierbench.progress import byte_progress, count_progress
 from tierbench.zipf.fit import fit, target_of
-from tierbench.zipf.nearness import nearness, sampled_trace
+from tierbench.zipf.nearness import asked_of, nearness
 from tierbench.zipf.workload import ALL, Workload, load_workload, save_workload
 
 NAME = "zipf"
 TOKENS, DOCUMENT_TOKENS, VOCABULARY = 1_000_000, 1_000, 99_000
-EVALUATIONS = 1200
-SEARCH_TOKENS = 2_000_000
+EVALUATIONS = 800
+SEARCH_TOKENS = 8_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +163,7 @@ def _compared(
     """The workload beside the trace, made with a seed that the search has not seen."""
     made = found.make(args.seed + 1)
     with count_progress("comparing", 2 * int(ids.size)) as progress:
-        original, other = (sampled_trace(model, *each, progress) for each in ((ids, off), made))
+        original, other = (asked_of(model, *each, progress) for each in ((ids, off), made))
     return {
         "model": args.model,
         "tokens": int(ids.size),

@@ -158,11 +158,6 @@ class SampledTrace:
             found[:, i] = 1 - np.bincount(numbers[missed], self._weights[missed], owners.size) / expected
         return found
 
-    @property
-    def repeated_share(self) -> float:
-        """Of all accesses, those of a record that its look-up had asked for before."""
-        return float((self._weights - 1).sum()) / max(1.0, self.rate * self.accesses)
-
     def _missed(self, missed: np.ndarray) -> Estimate:
         groups = self._groups[self._merged[missed]]
         return self._estimate(groups, self._weights[missed], int(np.count_nonzero(missed)))

@@ -11,6 +11,7 @@ import numpy as np
 
 from tierbench.policy.compiled import simulator
 from tierbench.policy.product import FOUND, HELD, REPEATED
+from tierstore.kernels.distinct import find_distinct
 
 PARTS = 40  # of a trace, each with figures of its own
 TALLIES = 5  # of entries by outcome: FOUND, READ, REPEATED, HELD, KEPT
@@ -86,3 +87,23 @@ def count_extent_pages(pages, source, ends, first_tokens, columns, first_token, 
                 taken[at] = 1
                 pages_read[first_token + first_tokens[lookup] + (i - start) // columns] += pages[at]
         start = ends[lookup]
+
+
+@simulator
+def count_repeats(keys, owners, ends):
+    """Of the entries of consecutive look-ups, those whose look-up had asked for the same record before."""
+    start = longest = repeats = 0
+    for end in ends:
+        longest, start = max(longest, end - start), end
+    size = 16
+    while size < 2 * longest:
+        size *= 2
+    places = np.empty(size, np.int64)
+    first, inverse = np.empty(longest, np.int64), np.empty(longest, np.int64)
+    start = 0
+    for end in ends:
+        places[:] = -1
+        n = end - start
+        repeats += n - find_distinct(keys[start:end], owners[start:end], places, first[:n], inverse[:n])
+        start = end
+    return repeats

@@ -25,10 +25,12 @@ import numpy as np
 
 from engram_client.arena.read import mix
 from tierbench.policy.compiled import simulator
+from tierbench.policy.sampling import THRESHOLD_BITS
 
 UNIT = 1.0 / (1 << 53)
 FIRST_TOKEN = 16  # below lie special tokens of most vocabularies
 FRESH = np.int64(1) << 40  # numbers of phrases that were said once; others are hashes
+SAMPLE_SHIFT = 63 - THRESHOLD_BITS
 LENGTH_SALT, TOKEN_SALT, TIME_SALT = 1 << 20, 1 << 30, 77
 (
     EXPONENT, POPULATION, DRIFT, COLD, SESSION, SESSION_EXPONENT, RECENT, RECENT_EXPONENT, FOLLOW,
@@ -144,7 +146,7 @@ def pick_ngrams(ids, off, fold, orders, chunk, threshold, hashes, owners, lookup
                 before = t - order - 1
                 token = np.int64(fold[ids[before]]) if before >= off[d] else np.int64(-1)
                 h = np.int64(mix(h, token) >> np.uint64(1))
-                if np.int64(mix(h, np.int64(order)) >> np.uint64(40)) < threshold and count < hashes.size:
+                if h >> SAMPLE_SHIFT < threshold and count < hashes.size:
                     hashes[count], owners[count], lookups[count] = h, order, lookup
                     count += 1
     return count

@@ -31,9 +31,9 @@ SAMPLED_SLOTS_MIN = 100  # a smaller miniature tells little
 GOOD_ENOUGH = 0.25  # points
 FAR = 100.0  # points: what cannot be
 START = {
-    "exponent": 0.9, "population": 2e5, "drift": 0.2, "cold": 0.1, "session": 0.3, "session_exponent": 1.0,
-    "recent": 0.1, "recent_exponent": 1.0, "follow": 0.5, "phrase_tokens": 6.0, "openers": 200,
-    "opener_exponent": 0.8,
+    "exponent": 0.8, "population": 2e5, "drift": 1.0, "cold": 0.06, "session": 0.5, "session_exponent": 0.5,
+    "recent": 0.15, "recent_exponent": 1.1, "follow": 0.35, "phrase_tokens": 2.6, "openers": 60,
+    "opener_exponent": 0.65,
 }  # fmt: skip
 # Where a knob's range has no lower end on a logarithmic scale, or a wider one than is worth a look.
 SEARCHED = {"drift": (1e-3, 1e4), "population": (1e2, 1e8), "phrase_tokens": (1.2, 60), "openers": (2, 5e4)}
