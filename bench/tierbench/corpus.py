@@ -100,7 +100,7 @@ def load_trace(path: Path) -> tuple[Ids, Offsets]:
     except (KeyError, ValueError, TypeError, AttributeError, EOFError) as error:
         if not zipfile.is_zipfile(path):
             raise FormatError(
-                f"{path}: not a token trace: an .npz that numpy.savez wrote was expected, with 'ids' and 'off'"
+                f"{path}: not a token trace; expected an .npz of numpy's with 'ids' and 'off'"
             ) from error
         raise FormatError(f"{path}: not a token trace with 'ids' and 'off': {error}") from error
     right = ids.dtype == np.uint32 and off.dtype == np.int64 and ids.ndim == off.ndim == 1 and len(off) > 0

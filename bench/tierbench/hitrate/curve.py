@@ -33,7 +33,8 @@ def budgets_of_curve(model: Model, trace: SampledTrace) -> list[int]:
         needed = trace.rate * SPAN_MIN * smallest / largest
         way_out = f"take a larger --sample, {needed:.2g} at least, or more text"
         if needed > 1:
-            way_out = f"give {np.ceil(10 * needed) / 10:g} times as much text, or ask for single budgets with --dram"
+            times = np.ceil(10 * needed) / 10
+            way_out = f"give {times:g} times as much text, or ask for single budgets with --dram"
         raise BadRequest(
             f"--curve: a sample of {trace.rate:.4g} of the records tells of budgets from {smallest:,.0f} "
             f"bytes on; this text, or its table, needs no more than {largest:,.0f}: {way_out}"

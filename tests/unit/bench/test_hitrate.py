@@ -302,7 +302,7 @@ def test_one_record_in_a_hundred_tells_the_curve_within_a_point() -> None:
 
 def test_a_sample_too_small_for_a_curve_is_told(v41: Model) -> None:
     stream = stream_of(2_000)
-    with pytest.raises(BadRequest, match="give 1.1 times as much text"):
+    with pytest.raises(BadRequest, match=r"give 1\.1 times as much text"):
         miss_ratio_curve(v41, sampled(v41, stream, 0.01).trace, None, lambda count: None)
     big = model_of("deepseek-v4.1", 400_000)
     with pytest.raises(BadRequest, match="take a larger --sample, 0"):
