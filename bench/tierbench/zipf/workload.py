@@ -95,11 +95,14 @@ class Workload:
         return ids, off
 
     def _document_starts(self, seed: int) -> Offsets:
-        """Of documents as long as the quantiles have them, the last one cut."""
+        """Of documents as long as the quantiles have them, each length once and shuffled; the last one cut."""
         random, known = np.random.default_rng(seed), np.array(self.document_tokens, np.float64)
+        steps = np.linspace(0, 1, known.size)
+        mean = np.interp((np.arange(1024) + 0.5) / 1024, steps, known).mean()
+        count = max(1, round(self.tokens / mean))
         at, ends = 0, [np.zeros(1, np.int64)]
         while at < self.tokens:
-            drawn = np.interp(random.random(1024), np.linspace(0, 1, known.size), known)
+            drawn = np.interp((random.permutation(count) + 0.5) / count, steps, known)
             ends.append(at + np.cumsum(np.maximum(1, drawn.astype(np.int64))))
             at = int(ends[-1][-1])
         starts = np.concatenate(ends)
