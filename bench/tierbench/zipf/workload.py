@@ -95,7 +95,7 @@ class Workload:
         return ids, off
 
     def _document_starts(self, seed: int) -> Offsets:
-        """Of documents as long as the quantiles have them, each length once and shuffled; the last one cut."""
+        """Of documents as long as the quantiles have them, each length once, shuffled; the last one cut."""
         random, known = np.random.default_rng(seed), np.array(self.document_tokens, np.float64)
         steps = np.linspace(0, 1, known.size)
         mean = np.interp((np.arange(1024) + 0.5) / 1024, steps, known).mean()
