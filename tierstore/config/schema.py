@@ -224,16 +224,16 @@ class Training(Section, frozen=True):
         Meta(ge=MIB, description="memory for gradients that wait for other trainers, or for their rest"),
     ] = 256 * MIB
     queue_bytes: Annotated[
-        ByteSize, Meta(ge=MIB, description="memory for rows that wait to be written; more wait for room")
+        ByteSize, Meta(ge=64 * KIB, description="memory for rows that wait to be written; more wait for room")
     ] = 256 * MIB
     segment_bytes: Annotated[
-        ByteSize, Meta(ge=8 * MIB, le=4 * GIB, description="size of a file of the update log")
+        ByteSize, Meta(ge=256 * KIB, le=4 * GIB, description="size of a file of the update log")
     ] = 64 * MIB
     log_bytes_max: Annotated[
-        ByteSize, Meta(ge=16 * MIB, description="disk for the update log; beyond it updates wait for folding")
+        ByteSize, Meta(ge=MIB, description="disk for the update log; beyond it updates wait for folding")
     ] = 16 * GIB
     fold_bytes: Annotated[
-        ByteSize, Meta(ge=MIB, description="size of the log from which on it is folded into pages")
+        ByteSize, Meta(ge=64 * KIB, description="size of the log from which on it is folded into pages")
     ] = 4 * GIB
     fold_batch_bytes: Annotated[
         ByteSize, Meta(ge=64 * KIB, le=GIB, description="pages that a fold writes at a time, twice each")

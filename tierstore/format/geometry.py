@@ -7,6 +7,7 @@ from dataclasses import dataclass
 PAGE_BYTES = 4096
 TRAILER_BYTES = 8  # the checksum at the end of every page
 PAYLOAD_BYTES = PAGE_BYTES - TRAILER_BYTES
+EPOCH_BYTES = 8  # in front of the checksum, in files of tables that are trained
 
 
 @dataclass(frozen=True)
@@ -15,22 +16,29 @@ class Geometry:
 
     A row that fits a page's 4088 payload bytes never straddles two pages: page `first_page + p`
     holds rows `p * rows_per_page` onwards, one after another from its first byte. A larger row
-    owns `pages_per_row` pages and fills 4088 bytes of each before the next.
+    owns `pages_per_row` pages and fills 4088 bytes of each before the next. With page epochs rows
+    have 4080 bytes of a page.
     """
 
     row_bytes: int
     rows: int
     first_page: int  # page number in the file of the first data page
+    epochs: bool = False  # whether every data page holds its epoch
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes of a data page that rows can have."""
+        return PAYLOAD_BYTES - EPOCH_BYTES * self.epochs
 
     @property
     def rows_per_page(self) -> int:
         """Rows in a full page; 0 where a row is larger than a page's payload."""
-        return PAYLOAD_BYTES // self.row_bytes
+        return self.room_bytes // self.row_bytes
 
     @property
     def pages_per_row(self) -> int:
         """1, or how many whole pages a large row owns."""
-        return -(-self.row_bytes // PAYLOAD_BYTES)
+        return -(-self.row_bytes // self.room_bytes)
 
     @property
     def data_pages(self) -> int:

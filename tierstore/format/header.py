@@ -12,7 +12,7 @@
         56    8  data pages
         64    8  bytes of the description
         72   16  generation (see tree.py)
-        88    4  flags: bit 0 stands for page epochs of trained tables; 0 in this version
+        88    4  flags: bit 0 where data pages hold an epoch, in the file of a table that is trained
         92    4  pages of a row: 1, or more where a row owns pages
         96    4  pages under one leaf of the tree digest
        100 3988  zeros
@@ -68,8 +68,8 @@ class Header:
         g = self.geometry
         packed = HEADER.pack(
             MAGIC, FORMAT_VERSION, PAGE_BYTES, g.rows, g.row_bytes, g.rows_per_page, self.uuid,
-            g.first_page, g.data_pages, self.description_bytes, self.generation, 0, g.pages_per_row,
-            self.leaf_pages,
+            g.first_page, g.data_pages, self.description_bytes, self.generation, FLAG_PAGE_EPOCHS * g.epochs,
+            g.pages_per_row, self.leaf_pages,
         )  # fmt: skip
         return packed.ljust(PAYLOAD_BYTES, b"\0")
 
@@ -103,8 +103,11 @@ def sealed_pages(payload: bytes, first_page_number: int, uuid: bytes) -> bytes:
     return pages.tobytes()
 
 
-def decode_header(path: Path, page: bytes) -> Header:
-    """Page 0 of `path`. Raises FormatError: foreign, truncated, newer, or damaged."""
+def decode_header(path: Path, page: bytes, *, trained: bool = False) -> Header:
+    """Page 0 of `path`, which is that of a table that is `trained` or not.
+
+    Raises FormatError: foreign, truncated, newer, or damaged.
+    """
     if page[: len(MAGIC)] != MAGIC:
         raise FormatError(
             f"{path} is not a row file: it starts with {page[:8]!r}, expected {MAGIC!r}; "
@@ -120,10 +123,15 @@ def decode_header(path: Path, page: bytes) -> Header:
             "install a newer release or pack the table again"
         )
     check_sealed(path, page, 0, uuid)
-    geometry = Geometry(row_bytes=max(1, row_bytes), rows=rows, first_page=first_page)
+    if flags == FLAG_PAGE_EPOCHS and not trained:
+        raise FormatError(
+            f"{path} belongs to a table that is being trained: its pages hold epochs, and only the training "
+            "store it lies in can tell which are current; export a snapshot to read or serve it"
+        )
+    geometry = Geometry(max(1, row_bytes), rows, first_page, epochs=trained)
     stated = (page_bytes, row_bytes, rows_per_page, data_pages, pages_per_row, flags)
     expected = (PAGE_BYTES, geometry.row_bytes, geometry.rows_per_page, geometry.data_pages,
-                geometry.pages_per_row, 0)  # fmt: skip
+                geometry.pages_per_row, FLAG_PAGE_EPOCHS * trained)  # fmt: skip
     if stated != expected or leaf_pages < 1 or first_page != 1 + description_pages(description_bytes):
         raise FormatError(
             f"{path}: header disagrees with itself (page bytes, row bytes, rows per page, data pages, "

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from tierstore.format.geometry import PAYLOAD_BYTES, Geometry
+from tierstore.format.geometry import Geometry
 from tierstore.kernels.runs import cut_windows, join_runs, sort_pages
 
 
@@ -87,7 +87,7 @@ def plan_reads(
     geometry: Geometry, row_ids: np.ndarray, targets: np.ndarray, *, gap_pages_max: int, run_pages_max: int
 ) -> ReadPlan:
     """Plan the reads for `row_ids` int64 [n], row i to go to byte `targets[i]` of the output."""
-    return plan_pieces(_pieces(geometry, row_ids, targets), gap_pages_max, run_pages_max)
+    return plan_pieces(row_pieces(geometry, row_ids, targets), gap_pages_max, run_pages_max)
 
 
 def plan_pieces(unsorted: Pieces, gap_pages_max: int, run_pages_max: int) -> ReadPlan:
@@ -98,14 +98,16 @@ def plan_pieces(unsorted: Pieces, gap_pages_max: int, run_pages_max: int) -> Rea
     return ReadPlan(pieces, pages[:found], page_of, firsts[:runs], counts[:runs])
 
 
-def _pieces(geometry: Geometry, row_ids: np.ndarray, targets: np.ndarray) -> Pieces:
+def row_pieces(geometry: Geometry, row_ids: np.ndarray, targets: np.ndarray) -> Pieces:
+    """Where rows lie and where they go, int64 [n]; a row that owns pages is a piece on each."""
     if geometry.rows_per_page:
         page, inside = np.divmod(row_ids, geometry.rows_per_page)
         return Pieces(page + geometry.first_page, inside * geometry.row_bytes, None, targets)
     part = np.arange(geometry.pages_per_row)
     pages = (row_ids * geometry.pages_per_row + geometry.first_page)[:, None] + part
-    lengths = np.minimum(PAYLOAD_BYTES, geometry.row_bytes - part * PAYLOAD_BYTES)
-    spread = targets[:, None] + part * PAYLOAD_BYTES
+    room = geometry.room_bytes
+    lengths = np.minimum(room, geometry.row_bytes - part * room)
+    spread = targets[:, None] + part * room
     return Pieces(
         pages.ravel(), np.zeros(pages.size, np.int64), np.tile(lengths, row_ids.size), spread.ravel()
     )

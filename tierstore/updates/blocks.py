@@ -66,10 +66,10 @@ def padded(count: int) -> int:
     return -(-count // ALIGN) * ALIGN
 
 
-def checksum_of(data: bytes | np.ndarray) -> int:
-    """XXH64, seed 0."""
-    array = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data.view(np.uint8)
-    return int(bytes_checksum(array, 0))
+def checksum_of(data: bytes | np.ndarray, seed: int = 0) -> int:
+    """XXH64 of all bytes of `data`, which is contiguous."""
+    array = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8)
+    return int(bytes_checksum(array, np.uint64(seed)))
 
 
 @dataclass(frozen=True)

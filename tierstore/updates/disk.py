@@ -8,15 +8,41 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import IO
+from typing import Protocol
 
 import numpy as np
 
-from tierstore.devices.base import PageReader
+from tierstore.devices.base import PageRead
 from tierstore.devices.opening import open_reader
 from tierstore.format.direct import sync_folder
 from tierstore.store.lock import acquire_lock
 from tierstore.updates.step_index import LmdbSteps, StepIndex
+
+
+class Owned(Protocol):
+    """A folder that is ours until this is closed."""
+
+    def close(self) -> None: ...
+
+
+class RunReader(Protocol):
+    """The part of a `PageReader` that is asked for here."""
+
+    def start(
+        self,
+        fd: int,
+        first_pages: np.ndarray,
+        page_counts: np.ndarray,
+        slots: np.ndarray,
+        buffer: int,
+        *,
+        hint: bool,
+        reads: list[PageRead],
+    ) -> PageRead:
+        """See `PageReader`."""
+
+    def close(self) -> None: ...
+
 
 WRITE_BYTES = 8 << 20  # of one system call, so that none holds a signal up for long
 
@@ -86,7 +112,7 @@ class Disk:
         found = os.statvfs(folder)
         return found.f_bavail * found.f_frsize
 
-    def lock(self, folder: Path) -> IO[str]:
+    def lock(self, folder: Path) -> Owned:
         """Own `folder` until the result is closed. Raises StoreLocked, which names the owner."""
         return acquire_lock(
             folder / "owner.lock",
@@ -94,7 +120,7 @@ class Disk:
             "one process trains a store: send updates to that one, or stop it first",
         )
 
-    def open_reader(self, depth: int) -> PageReader:
+    def open_reader(self, depth: int) -> RunReader:
         """Many page reads at a time of descriptors that `open` gave."""
         return open_reader("auto", queue_depth=depth, threads=depth)
 

@@ -14,6 +14,8 @@ from engram_client.errors import BadRequest, DataCorrupt, FormatError
 from tierstore.format.header import uuid_words
 from tierstore.updates.blocks import checksum_of
 from tierstore.updates.disk import Disk
+from tierstore.updates.journal import Journal
+from tierstore.updates.pages import TablePages
 from tierstore.updates.spec import TrainedSpec
 from tierstore.updates.superblock import Superblock
 
@@ -91,8 +93,8 @@ def load_identity(disk: Disk, folder: Path) -> Identity:
     return Identity(bytes.fromhex(described["uuid"]), tuple(map(TrainedSpec.from_json, described["tables"])))
 
 
-def create_store(disk: Disk, folder: Path, tables: Sequence[TrainedSpec]) -> Identity:
-    """Make an empty training store in `folder`. Raises BadRequest where there is one."""
+def create_store(disk: Disk, folder: Path, tables: Sequence[TrainedSpec]) -> None:
+    """Make an empty training store in `folder`. Raises BadRequest where there is one, OSError."""
     check_tables(tables)
     if is_created(disk, folder):
         raise BadRequest(f"{folder} holds a training store already; open it, or choose another folder")
@@ -100,4 +102,8 @@ def create_store(disk: Disk, folder: Path, tables: Sequence[TrainedSpec]) -> Ide
     disk.make_folder(folder / "log")
     disk.make_folder(folder / "pages")
     Superblock(disk, folder, identity.uuid).create()
-    return identity
+    pages = [TablePages(disk, folder, table) for table in tables]
+    for table in pages:
+        table.create()
+    Journal(disk, folder, identity.uuid, pages).create()
+    write_identity(disk, folder, identity)

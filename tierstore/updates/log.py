@@ -99,6 +99,7 @@ class UpdateLog:
         segments: Segments,
         uuid: bytes,
         table_words: list[tuple[np.uint64, np.uint64]],
+        start: int,
         scanned: Scanned,
         *,
         queue_bytes: int,
@@ -111,16 +112,19 @@ class UpdateLog:
         for header in scanned.rows:
             self.blocks.add(header)
         self.commits = list(scanned.commits)
-        self.end = self.written = self.durable = scanned.end
+        self.start, self.end = start, scanned.end
+        self.written = self.durable = scanned.end
         self._number, self._previous = scanned.number, scanned.previous
         self._nonce = int.from_bytes(os.urandom(8), "little")
         self._queue: deque[Queued] = deque()
         self._queued_bytes = 0
+        self.written_bytes = self.committed_count = self.waits = 0
         self._buffer = aligned_bytes(max(BLOCK_BYTES_MAX, padded(HEADER_BYTES + STATE_BYTES_MAX)))
         self._failure: StorageError | None = None  # that may pass: no room
         self.broken: StorageError | None = None
         self._stopping = False
         self.on_durable: Callable[[Committed], None] = lambda committed: None
+        self.on_idle: Callable[[], bool] = lambda: False  # without a thread: do something else that helps
         self._thread: threading.Thread | None = None
         if background:
             self._thread = threading.Thread(target=self._run, name="tierstore-update-log", daemon=True)
@@ -179,7 +183,10 @@ class UpdateLog:
         with self.changed:
             self._failure = None  # room may have been made
             self.changed.notify_all()
+            waited = False
             while not ready():
+                self.waits += not waited
+                waited = True
                 self.check()
                 if self._failure:
                     raise self._failure
@@ -194,7 +201,7 @@ class UpdateLog:
     def _write_here(self) -> None:
         self.changed.release()
         try:
-            assert self.write_next(), "whoever waits without a thread waits for the queue"
+            assert self.write_next() or self.on_idle(), "without a thread there is nothing to wait for"
         finally:
             self.changed.acquire()
 
@@ -221,9 +228,11 @@ class UpdateLog:
         with self.changed:
             self._queue.popleft()
             self._queued_bytes -= queued.size
+            self.written_bytes += queued.size
             self.written = queued.position + queued.size
             if queued.kind == COMMIT:
                 self.commits.append(committed)
+                self.committed_count += 1
             if queued.commit:
                 self.durable = self.written
                 queued.commit.durable = True

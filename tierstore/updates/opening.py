@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,13 @@ from engram_client.errors import StorageError
 from tierstore.config import Training
 from tierstore.updates.blocks import ALIGN, BlockTable, stride_of
 from tierstore.updates.disk import Disk
+from tierstore.updates.epochs import EpochsFile
 from tierstore.updates.identity import load_identity
+from tierstore.updates.journal import Journal
+from tierstore.updates.pages import TablePages
 from tierstore.updates.row_index import RowIndex
 from tierstore.updates.scan import Committed, Scan
-from tierstore.updates.segments import Segments
+from tierstore.updates.segments import Segment, Segments
 from tierstore.updates.spec import TrainedSpec
 from tierstore.updates.step_index import StepPlace
 from tierstore.updates.superblock import Superblock
@@ -29,22 +33,24 @@ class Opened:
 
     def __init__(self, disk: Disk, folder: Path, config: Training, changed: threading.Condition) -> None:
         self.identity = load_identity(disk, folder)
-        self.owner = disk.lock(folder)
-        self.segments = Segments(disk, folder, self.identity.uuid, config.segment_bytes, changed)
-        try:
+        uuid, tables = self.identity.uuid, self.identity.tables
+        with ExitStack() as closing:
+            closing.callback(disk.lock(folder).close)
             self.steps = disk.open_steps(folder)
-            try:
-                self._recover(disk, folder, config)
-            except BaseException:
-                self.segments.close()
-                self.steps.close()
-                raise
-        except BaseException:
-            self.owner.close()
-            raise
+            closing.callback(self.steps.close)
+            self.superblock = Superblock(disk, folder, uuid)
+            self.segments = Segments(disk, folder, uuid, config.segment_bytes, changed)
+            closing.callback(self.segments.close)
+            self.pages = [TablePages(disk, folder, table) for table in tables]
+            for pages in self.pages:
+                closing.callback(pages.close)
+            self.journal = Journal(disk, folder, uuid, self.pages)
+            closing.callback(self.journal.close)
+            self.epochs = EpochsFile(disk, folder)
+            self._recover(disk, folder)
+            self.close = closing.pop_all().close
 
-    def _recover(self, disk: Disk, folder: Path, config: Training) -> None:
-        self.superblock = Superblock(disk, folder, self.identity.uuid)
+    def _recover(self, disk: Disk, folder: Path) -> None:
         self.superblock.load()
         folded = self.superblock.folded
         self.segments.open_all()
@@ -54,6 +60,14 @@ class Opened:
             durable = max(durable, folded.start + ALIGN)
         self.scan = Scan(disk, self.segments, self.identity.uuid, self.identity.words)
         self.scanned = self.scan.run(folded.start, durable)
+        for pages in self.pages:
+            pages.open()
+        self.journal.open()
+        replayed = self.journal.replay(folded.folds)
+        if replayed:
+            log.info("%s: %d pages of an interrupted fold written again", folder, replayed)
+        self.epochs.load(folded, [pages.epochs for pages in self.pages])
+        self.epochs.remove_others(folded.folds)
         self.segments.cut(self.scanned.end)
         self.segments.drop_before(folded.start)
         self.segments.remove_strangers()
@@ -61,7 +75,7 @@ class Opened:
         blocks = BlockTable()
         for header in self.scanned.rows:
             blocks.add(header)
-        self.indices = index_of(self.scan, self.segments, self.identity.tables, blocks.all())
+        self.indices = index_of(self.scan, self.identity.tables, self.segments.all, blocks.all())
 
     def _update_steps(self, known: dict[int, StepPlace], commits: list[Committed]) -> list[int]:
         """Have the index say what the log says."""
@@ -77,13 +91,16 @@ class Opened:
 
 
 def index_of(
-    scan: Scan, segments: Segments, tables: Sequence[TrainedSpec], blocks: np.ndarray
+    scan: Scan, tables: Sequence[TrainedSpec], segments: list[Segment], blocks: np.ndarray
 ) -> list[RowIndex]:
-    """Where the newest version of every row in `blocks` (BLOCK [n], ascending) lies, table by table."""
+    """Where the newest version of every row in `blocks` (BLOCK [n], ascending) lies, table by table.
+
+    Raises DataCorrupt.
+    """
     indices = [RowIndex() for _ in tables]
     for block in blocks:
         position, table = int(block["position"]), int(block["table"])
-        segment = next(s for s in reversed(segments.all) if s.base <= position)
+        segment = next(s for s in reversed(segments) if s.base <= position)
         ids = scan.ids(segment, position, int(block["count"]), int(block["ids_sum"]))
         indices[table].put(ids, int(block["first_entry"]), stride_of(tables[table].row_bytes))
     return indices

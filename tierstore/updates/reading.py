@@ -13,11 +13,12 @@ import numpy as np
 
 from engram_client.deadline import Deadline
 from engram_client.errors import StorageError
-from tierstore.devices.base import PageRead, PageReader, PageReadFailed
+from tierstore.devices.base import PageRead, PageReadFailed
 from tierstore.format.direct import aligned_bytes
 from tierstore.format.geometry import PAGE_BYTES
 from tierstore.kernels.update_log import copy_pieces
 from tierstore.tiers.plan import Pieces, Window, plan_pieces
+from tierstore.updates.disk import RunReader
 
 BUFFERS_MAX = 4
 GAP_PAGES_MAX, RUN_PAGES_MAX = 3, 16
@@ -29,7 +30,7 @@ Check = Callable[[Window, np.ndarray], None]  # pages uint64 [slots, 512] have l
 class PieceReader:
     """Thread safe; up to four readers at a time, others wait for a buffer."""
 
-    def __init__(self, reader: PageReader, buffer_bytes: int) -> None:
+    def __init__(self, reader: RunReader, buffer_bytes: int) -> None:
         self._reader = reader
         self._pages = max(RUN_PAGES_MAX, buffer_bytes // PAGE_BYTES)
         self._free: list[np.ndarray] = []

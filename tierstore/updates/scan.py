@@ -92,9 +92,10 @@ class Scan:
         self._check_end(position, durable)
         return found
 
-    def state(self, committed: Committed) -> bytes:
-        """What the step's commit kept for its caller. Raises DataCorrupt."""
-        segment = next(s for s in self._segments.all if s.base <= committed.start < s.end)
+    def state(self, committed: Committed, segments: list[Segment] | None = None) -> bytes:
+        """What the step's commit kept for its caller, from `segments` (all there are). Raises DataCorrupt."""
+        among = self._segments.all if segments is None else segments
+        segment = next(s for s in among if s.base <= committed.start < s.end)
         raw = np.zeros(padded(HEADER_BYTES + committed.state_bytes), np.uint8)
         self._disk.read(segment.fd, raw, segment.offset(committed.start))
         state = raw[HEADER_BYTES : HEADER_BYTES + committed.state_bytes].tobytes()

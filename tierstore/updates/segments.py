@@ -112,11 +112,10 @@ class Segments:
 
     def cut(self, position: int) -> None:
         """Remove what lies at `position` or behind: a crash left it. Durable when this returns."""
-        for segment in self.all:
-            if segment.base < position < segment.base + self._disk.size(segment.fd):
-                self._disk.truncate(segment.fd, segment.offset(position))
-                self._disk.sync(segment.fd)
-            segment.end = min(segment.end, position)
+        for segment in [s for s in self.all if s.base < position][-1:]:
+            self._disk.truncate(segment.fd, segment.offset(position))
+            self._disk.sync(segment.fd)
+            segment.end = position
         self._drop([s for s in reversed(self.all) if s.base >= position])
 
     def remove_strangers(self) -> None:

@@ -3,11 +3,15 @@
 The newest version of a row is looked for in the log (queue, then segments), then in the pages, else it is
 what rows are initially. What was spilled or committed last is read first, by whoever asks. A crash, or a
 rollback, goes back to what a commit had closed.
+
+Locks, in this order: `_appending` (one spill, commit or rollback at a time, held while it waits), then the
+log's `changed` (the queue, lists and indices; nothing is read or written under it).
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,18 +19,29 @@ from pathlib import Path
 import numpy as np
 
 from engram_client.deadline import Deadline
-from engram_client.errors import BadRequest, IdOutOfRange, StorageError
+from engram_client.errors import BadRequest, StorageError, Unavailable
 from tierstore.config import Training
-from tierstore.updates.blocks import BLOCK_BYTES_MAX, STATE_BYTES_MAX, block_bytes, rows_of_block, stride_of
+from tierstore.updates.blocks import (
+    ALIGN,
+    BLOCK_BYTES_MAX,
+    HEADER_BYTES,
+    STATE_BYTES_MAX,
+    block_bytes,
+    rows_of_block,
+    stride_of,
+)
+from tierstore.updates.checks import check_rows, check_step, log_is_full
 from tierstore.updates.disk import REAL_DISK, Disk
-from tierstore.updates.identity import create_store, write_identity
-from tierstore.updates.initial import InitialRows
+from tierstore.updates.fold import FoldParts
+from tierstore.updates.folding import Folding
+from tierstore.updates.identity import create_store
 from tierstore.updates.log import Commit, UpdateLog
-from tierstore.updates.log_rows import LogRows, view_of
+from tierstore.updates.log_rows import LogRows, LogView, view_of
 from tierstore.updates.opening import Opened, index_of
 from tierstore.updates.reading import PieceReader
 from tierstore.updates.row_index import RowIndex
 from tierstore.updates.scan import Committed
+from tierstore.updates.snapshot import Snapshot
 from tierstore.updates.spec import TrainedSpec
 from tierstore.updates.step_index import StepPlace
 
@@ -40,35 +55,53 @@ class RowStorage:
 
     def __init__(self, disk: Disk, folder: Path, config: Training, background: bool) -> None:
         """Use `open`. Recovers: afterwards the rows are those of the last committed step, exactly."""
-        self._disk, self._folder, self._config = disk, folder, config
-        self._changed = threading.Condition()  # of the log: its queue, positions, lists; and the indices
-        self._appending = threading.RLock()  # one spill, commit or rollback at a time
+        self._folder, self._config, self._pid = folder, config, os.getpid()
+        self._changed = threading.Condition()
+        self._appending = threading.RLock()
         self._unfinished: tuple[Commit, Callable[[], None]] | None = None  # a rollback on its way
+        self._pins: list[int] = []  # positions that no fold may pass, for snapshots
         self._closed = False
-        opened = Opened(disk, folder, config, self._changed)
-        identity, self._superblock, self._scan = opened.identity, opened.superblock, opened.scan
-        self.tables = list(identity.tables)
-        self._segments, self._steps, self._indices = opened.segments, opened.steps, opened.indices
-        self._owner = opened.owner
-        self._reader = PieceReader(disk.open_reader(config.read_depth), config.read_buffer_bytes)
+        self._opened = opened = Opened(disk, folder, config, self._changed)
+        try:
+            self._reader = PieceReader(disk.open_reader(config.read_depth), config.read_buffer_bytes)
+        except BaseException:
+            opened.close()
+            raise
+        self._superblock, self._scan, self._segments = opened.superblock, opened.scan, opened.segments
+        self._indices, self._indexed = opened.indices, set(opened.indexed)
+        self.tables = list(opened.identity.tables)
+        words = opened.identity.words
+        self._block_bytes = min(BLOCK_BYTES_MAX, config.segment_bytes - ALIGN)
         self._log = UpdateLog(
-            disk, self._segments, identity.uuid, identity.words, opened.scanned,
+            disk, self._segments, opened.identity.uuid, words, opened.superblock.folded.start, opened.scanned,
             queue_bytes=config.queue_bytes, changed=self._changed, background=background,
         )  # fmt: skip
-        self._indexed = set(opened.indexed)
-        self._log.on_durable = self._note_step
         self._log_rows = [
-            LogRows(self._log, self._reader, t.row_bytes, w)
-            for t, w in zip(self.tables, identity.words, strict=True)
+            LogRows(self._log, self._reader, t.row_bytes, w) for t, w in zip(self.tables, words, strict=True)
         ]
-        self._initial = [InitialRows(t) for t in self.tables]
+        self._folding = Folding(
+            self._fold_parts(), self._fold_target, self._folded, fold_bytes=config.fold_bytes,
+            background=background,
+        )  # fmt: skip
+        self._log.on_durable = self._note_step
+        self._log.on_idle = self._folding.step
+
+    def _fold_parts(self) -> FoldParts:
+        o = self._opened
+        return FoldParts(
+            self._log, self._log_rows, o.pages, self._reader, o.journal, o.epochs, o.superblock,
+            lambda segments, blocks: index_of(self._scan, self.tables, segments, blocks),
+            self._config.fold_batch_bytes,
+        )  # fmt: skip
 
     @classmethod
     def create(cls, folder: Path | str, tables: Sequence[TrainedSpec], *, disk: Disk = REAL_DISK) -> None:
-        """Make an empty store of `tables` in `folder` (DIR/training). Raises BadRequest, StorageError."""
-        folder = Path(folder)
+        """Make an empty store of `tables` in `folder` (DIR/training).
+
+        Raises BadRequest where there is one, StorageError.
+        """
         try:
-            write_identity(disk, folder, create_store(disk, folder, tables))
+            create_store(disk, Path(folder), tables)
         except OSError as error:
             raise StorageError(
                 f"{folder}: a training store cannot be made there: {error.strerror}"
@@ -80,8 +113,9 @@ class RowStorage:
     ) -> RowStorage:
         """Open and recover the store in `folder`.
 
-        `background=False` starts no threads: waiting writes (tests). Raises FormatError where there is none,
-        StoreLocked where another process owns it, DataCorrupt where what had been committed is damaged.
+        `background=False` starts no threads: waiting writes and folds (tests). Raises FormatError where
+        there is none, StoreLocked where another process owns it, DataCorrupt where what had been committed
+        is damaged.
         """
         try:
             return cls(disk, Path(folder), config, background)
@@ -101,36 +135,39 @@ class RowStorage:
     def state(self) -> bytes:
         """What the last commit was given to keep; empty before the first."""
         with self._changed:
+            self._check_open()
             last = self._log.commits[-1] if self._log.commits else None
-        return self._scan.state(last) if last else b""
+            segments = self._segments.pin(last.start, last.end) if last else []
+        try:
+            return self._scan.state(last, segments) if last else b""
+        finally:
+            self._segments.unpin(segments)
 
     def read(self, table: int, ids: np.ndarray, out: np.ndarray, deadline: Deadline = NEVER) -> None:
         """The newest version of rows `ids` int64 [n] into `out` uint8 [n, row_bytes].
 
         Raises IdOutOfRange, StorageError, DataCorrupt, DeadlineExceeded; `out` is undefined then.
         """
-        self._check_rows(table, ids, out)
+        check_rows(self.tables, table, ids, out)
         with self._changed:
+            self._check_open()
             positions = self._indices[table].find(ids)
-            view = view_of(self._log, table, self._superblock.folded.start, self._log.end)
+            view = view_of(self._log, table, self._log.start, self._log.end)
         try:
             self._log_rows[table].read(view, ids, positions, out, deadline)
         finally:
             self._segments.unpin(view.segments)
-        self._read_folded(table, ids, np.flatnonzero(positions < 0), out, deadline)
-
-    def _read_folded(
-        self, table: int, ids: np.ndarray, missing: np.ndarray, out: np.ndarray, deadline: Deadline
-    ) -> None:
-        self._initial[table].fill(ids[missing], missing, out)
+        missing = np.flatnonzero(positions < 0)
+        self._opened.pages[table].read(self._reader, ids[missing], missing, out, deadline)
 
     def spill(self, table: int, ids: np.ndarray, rows: np.ndarray, deadline: Deadline = NEVER) -> None:
         """Rows uint8 [n, row_bytes] with distinct `ids` int64 [n], newer than what there was; copied.
 
         `read` gives them from here on; they are durable with the next commit. Waits where the queue or the
-        log is full. Raises StorageError where the disk is, DeadlineExceeded.
+        log is full. Raises StorageError where the disk is, Overloaded where the log is full of steps that
+        are kept, DeadlineExceeded.
         """
-        self._check_rows(table, ids, rows)
+        check_rows(self.tables, table, ids, rows)
         with self._appending:
             self._finish_rollback()
             self._queue(table, ids, rows, deadline, copied=True)
@@ -148,19 +185,18 @@ class RowStorage:
         `wait` returns once the step is durable. `state` (up to 1 MiB) comes back with recovery and rollback.
         Raises BadRequest for a step that is not later than the last, StorageError, DeadlineExceeded.
         """
-        if not isinstance(step, int) or not 0 <= step < 2**63:
-            raise BadRequest(f"a step is a whole number >= 0, got {step!r}")
-        if len(state) > STATE_BYTES_MAX:
-            raise BadRequest(f"the state of a step may take {STATE_BYTES_MAX} bytes, got {len(state)}")
+        check_step(step, state, min(STATE_BYTES_MAX, self._block_bytes - HEADER_BYTES))
         for table, ids, rows in dirty:
-            self._check_rows(table, ids, rows)
+            check_rows(self.tables, table, ids, rows)
         with self._appending:
             self._finish_rollback()
             with self._changed:
+                self._check_open()
                 self._log.check()
                 self._log.check_step(step)
             for table, ids, rows in dirty:
                 self._queue(table, ids, rows, deadline, copied=False)
+            self._wait_for_room(HEADER_BYTES + len(state), deadline, for_commit=True)
             with self._changed:
                 return self._log.queue_commit(step, state)
 
@@ -171,38 +207,93 @@ class RowStorage:
         """
         with self._appending:
             self._finish_rollback()
-            self._log.wait_until(
-                lambda: self._log.written == self._log.end, deadline, "writing what is queued"
-            )
-            with self._changed:
-                target = self._kept_step(step)
-                blocks = self._log.blocks.all()
-            state = self._scan.state(target)
-            indices = index_of(
-                self._scan, self._segments, self.tables, blocks[blocks["position"] < target.start]
-            )
-            with self._changed:
-                commit = self._log.queue_rollback(target)
-            self._unfinished = commit, lambda: self._go_back(target, indices)
-            self._finish_rollback(deadline)
+            self._check_open()
+            drained = "writing what is queued"
+            self._log.wait_until(lambda: self._log.written == self._log.end, deadline, drained)
+            with self._folding.paused():
+                with self._changed:
+                    target = self._kept_step(step)
+                    blocks = self._log.blocks.all()
+                state = self._scan.state(target)
+                live = blocks[blocks["position"] < target.start]
+                indices = index_of(self._scan, self.tables, self._segments.all, live)
+                with self._changed:
+                    commit = self._log.queue_rollback(target)
+                self._unfinished = commit, lambda: self._go_back(target, indices)
+                self._finish_rollback(deadline)
             return state
+
+    def snapshot(self, step: int | None = None) -> Snapshot:
+        """All rows as of a kept step (None: the last), to be read while training goes on; close it.
+
+        Raises BadRequest where the step is not kept.
+        """
+        with self._changed:
+            self._check_open()
+            last = self._log.commits[-1].step if self._log.commits else -1
+            target = self._kept_step(last if step is None else step)
+            blocks = self._log.blocks.all()
+            segments = self._segments.pin(self._log.start, target.end)
+            self._pins.append(target.start)
+        view = LogView(segments, blocks[blocks["position"] < target.start], [], target.end)
+        try:
+            state = self._scan.state(target, segments)
+            indices = index_of(self._scan, self.tables, segments, view.blocks)
+        except BaseException:
+            self._unpin(target, view)
+            raise
+        return Snapshot(
+            target, state, self.tables, indices, view, self._log_rows, self._opened.pages, self._reader,
+            lambda: self._unpin(target, view),
+        )  # fmt: skip
+
+    def fold(self) -> bool:
+        """Fold what can be folded into pages now; False where there was nothing to do.
+
+        Raises StorageError; everything is in the log still then.
+        """
+        done = False
+        while self._folding.step():
+            done = True
+        return done
+
+    def fold_batch(self) -> bool:
+        """One batch of pages of a fold, begun where none is under way; False where there is nothing to do."""
+        return self._folding.step()
+
+    def write_block(self) -> bool:
+        """Without threads: write the oldest block that is queued; False where none is."""
+        return self._log.write_next()
+
+    def counters(self) -> dict[str, int]:
+        """What this opening has done, and what it holds now: bytes, rows, pages, times."""
+        with self._changed:
+            return {
+                "log_bytes": self._log.end - self._log.start,
+                "queued_bytes": self._log.queued_bytes,
+                "index_bytes": sum(index.bytes for index in self._indices),
+                "rows_in_log": sum(index.rows for index in self._indices),
+                "appended_bytes": self._log.written_bytes,
+                "commits": self._log.committed_count,
+                "waits_for_room": self._log.waits,
+                "folds": self._folding.folds,
+                "folded_pages": self._folding.pages_written,
+            }
 
     def close(self) -> None:
         """Wait for commits on their way, then let go. What was spilled and not committed is gone."""
         if self._closed:
             return
-        self._closed = True
         try:
-            self._log.wait_until(lambda: self._log.committed, NEVER, "closing")
+            if not self._log.broken:
+                self._log.wait_until(lambda: self._log.committed, NEVER, "closing")
         except StorageError as error:
-            log.warning(
-                "%s: a commit on its way when the store was closed is not durable: %s", self._folder, error
-            )
+            log.warning("%s: a commit on its way at closing is not durable: %s", self._folder, error)
+        self._closed = True
+        self._folding.stop()
         self._log.stop()
         self._reader.close()
-        self._segments.close()
-        self._steps.close()
-        self._owner.close()
+        self._opened.close()
 
     def __enter__(self) -> RowStorage:
         return self
@@ -210,28 +301,51 @@ class RowStorage:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _check_open(self) -> None:
+        if self._closed or self._pid != os.getpid():
+            how = "is closed" if self._closed else "belongs to the process that opened it, not to its child"
+            raise Unavailable(f"training store {self._folder} {how}")
+
     # Appending. The caller holds `_appending`.
 
     def _queue(
         self, table: int, ids: np.ndarray, rows: np.ndarray, deadline: Deadline, *, copied: bool
     ) -> None:
         row_bytes = self.tables[table].row_bytes
-        size = rows_of_block(row_bytes, BLOCK_BYTES_MAX)
+        size = rows_of_block(row_bytes, self._block_bytes)
         for start in range(0, ids.size, size):
             part_ids, part = ids[start : start + size], rows[start : start + size]
             if copied:
                 part_ids, part = part_ids.copy(), part.copy()
-            self._wait_for_room(block_bytes(part_ids.size, row_bytes), deadline)
+            self._wait_for_room(block_bytes(part_ids.size, row_bytes), deadline, for_commit=not copied)
             with self._changed:
+                self._check_open()
                 self._log.check()
                 last = self._log.commits[-1].step if self._log.commits else -1
                 queued = self._log.queue_rows(table, last, part_ids, part)
                 self._indices[table].put(part_ids, queued.first_entry, stride_of(row_bytes))
 
-    def _wait_for_room(self, count: int, deadline: Deadline) -> None:
-        self._log.wait_until(
-            lambda: self._log.has_room(count), deadline, "waiting for room in the update queue"
-        )
+    def _wait_for_room(self, count: int, deadline: Deadline, *, for_commit: bool) -> None:
+        """In the queue, and in the log, where folding may make it."""
+
+        def has_room() -> bool:
+            if not self._log.has_room(count):
+                return False
+            log_bytes = self._log.end - self._log.start + count
+            if log_bytes <= self._config.log_bytes_max:
+                return True
+            if self._folding.can_help():
+                return False
+            if self._folding.failure:
+                raise self._folding.failure
+            if for_commit and not self._pins:
+                return True  # the commits after this one let it be folded
+            kept = [c.step for c in self._kept()]
+            raise log_is_full(self._folder, log_bytes, self._config, kept, len(self._pins))
+
+        with self._changed:
+            self._folding.try_again()
+        self._log.wait_until(has_room, deadline, "waiting for room in the update log")
 
     def _finish_rollback(self, deadline: Deadline = NEVER) -> None:
         if self._unfinished:
@@ -249,11 +363,12 @@ class RowStorage:
             self._indices = indices
         self._index_steps({}, dropped)
 
-    # Steps.
+    # Steps. `_changed` is held where nothing else is said.
 
     def _kept(self) -> list[Committed]:
-        """`_changed` is held."""
-        return kept_commits(self._log.commits, self._superblock.folded.floor, self._config.keep_steps)
+        """What can be gone back to, oldest first."""
+        floor = max(self._folding.floor, self._superblock.folded.floor)
+        return [c for c in self._log.commits[-self._config.keep_steps :] if c.start >= floor]
 
     def _kept_step(self, step: int) -> Committed:
         for committed in self._kept():
@@ -266,38 +381,47 @@ class RowStorage:
         )
 
     def _note_step(self, committed: Committed) -> None:
-        """A commit is durable: tell the index, which may lag."""
+        """A commit is durable (`_changed` is not held): tell the index, which may lag."""
         with self._changed:
             kept = {c.step for c in self._kept()}
+            self._folding.try_again()
         place = StepPlace(committed.start, committed.end, committed.segment, committed.digest)
         self._index_steps({committed.step: place}, sorted(self._indexed - kept))
 
     def _index_steps(self, put: dict[int, StepPlace], drop: list[int]) -> None:
+        """`_changed` is not held."""
         try:
-            self._steps.change(put, drop)
+            self._opened.steps.change(put, drop)
             self._indexed = (self._indexed | put.keys()) - set(drop)
         except StorageError as error:
-            log.warning("%s; the log holds every commit, the index is made again when the store opens", error)
+            log.warning("%s; the log holds every commit, opening makes the index again", error)
 
-    def _check_rows(self, table: int, ids: np.ndarray, rows: np.ndarray) -> None:
-        if not 0 <= table < len(self.tables):
-            raise BadRequest(f"table {table}: the store has {len(self.tables)} tables, numbered from 0")
-        spec = self.tables[table]
-        if ids.dtype != np.int64 or ids.ndim != 1 or not ids.flags.c_contiguous:
-            raise BadRequest(
-                f"{spec.name}: row ids must be contiguous int64 [n], got {ids.dtype} {ids.shape}"
-            )
-        shape = (ids.size, spec.row_bytes)
-        if rows.dtype != np.uint8 or rows.shape != shape or not rows.flags.c_contiguous:
-            raise BadRequest(
-                f"{spec.name}: rows must be contiguous uint8 {shape}, got {rows.dtype} {rows.shape}"
-            )
-        if ids.size and (ids.min() < 0 or ids.max() >= spec.rows):
-            raise IdOutOfRange(
-                f"{spec.name}: row ids must lie in [0, {spec.rows}), got {ids.min()} to {ids.max()}"
-            )
+    # Folding. `_changed` is held where nothing else is said.
 
+    def _fold_target(self) -> Committed | None:
+        """The step that pages can go up to now; None where they are there."""
+        kept = self._kept()
+        if not kept:
+            return None
+        most = min([kept[0].start, *self._pins])
+        free = [c for c in self._log.commits if self._log.start < c.start <= most]
+        return free[-1] if free else None
 
-def kept_commits(commits: list[Committed], floor: int, keep_steps: int) -> list[Committed]:
-    """Those that can be gone back to, oldest first."""
-    return [c for c in commits[-keep_steps:] if c.start >= floor]
+    def _folded(self, target: Committed) -> None:
+        """Pages and superblock say so (`_changed` is not held): forget what they stand for."""
+        with self._changed:
+            dropped = [c.step for c in self._log.commits if c.start < target.start]
+            self._log.start = target.start
+            self._log.commits = [c for c in self._log.commits if c.start >= target.start]
+            self._log.blocks.cut(target.start, self._log.end)
+            for index in self._indices:
+                index.forget_before(target.start)
+            self._changed.notify_all()
+        self._index_steps({}, dropped)
+
+    def _unpin(self, target: Committed, view: LogView) -> None:
+        """`_changed` is not held."""
+        with self._changed:
+            self._pins.remove(target.start)
+            self._changed.notify_all()
+        self._segments.unpin(view.segments)
