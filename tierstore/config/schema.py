@@ -236,7 +236,7 @@ class Training(Section, frozen=True):
         ByteSize, Meta(ge=64 * KIB, description="size of the log from which on it is folded into pages")
     ] = 4 * GIB
     fold_batch_bytes: Annotated[
-        ByteSize, Meta(ge=64 * KIB, le=GIB, description="pages that a fold writes at a time, twice each")
+        ByteSize, Meta(ge=4 * KIB, le=GIB, description="pages that a fold writes at a time, twice each")
     ] = 32 * MIB
     keep_steps: Annotated[
         int, Meta(ge=1, le=10_000, description="committed steps that can be gone back to, the last included")

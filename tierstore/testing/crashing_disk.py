@@ -6,8 +6,9 @@ it, each sector by itself, so writes are dropped, reordered and torn. What was d
 since that was synced (creating, renaming, unlinking) may have happened or not, each for itself. The same
 seed breaks the same things.
 
-`lose_power_at` names the operation that raises PowerLost; `crash` then makes of what survives the disk
-that one finds after the restart. `refuse` and `capacity_bytes` make operations fail while the power is on.
+`lose_power_at` names the operation that raises PowerLost, `lose_power_when` is asked at each; `crash` then
+makes of what survives the disk that one finds after the restart. `refuse` and `capacity_bytes` make
+operations fail while the power is on.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from tierstore.updates.step_index import StepPlace
 
 SECTOR, PAGE = 512, 4096
 ZEROS = bytes(SECTOR)
-KEPT, LOST, TORN, IN_ORDER = range(4)
+HARMLESS = ("read", "size", "names")
+KEPT, LOST, IN_ORDER, TORN = range(4)
 
 
 class PowerLost(BaseException):
@@ -84,7 +86,7 @@ class File:
 
     def crash(self, random: np.random.Generator) -> None:
         """Become what the disk holds after the restart."""
-        how = int(random.integers(4))
+        how = min(TORN, int(random.integers(6)))
         sectors, last = dict(self.synced), int(random.integers(self.synced_writes, self.writes + 1))
         for number in sorted(self.versions):
             choices = [self.synced.get(number, ZEROS), *(content for _, content in self.versions[number])]
@@ -136,6 +138,8 @@ class CrashingDisk(Disk):
 
     def __init__(self, *, lose_power_at: int | None = None, capacity_bytes: int | None = None) -> None:
         self.operations = 0
+        self.lose_power_when: Callable[[str, Path], bool] = lambda operation, path: False
+        self._off = False
         self.lose_power_at = lose_power_at
         self.capacity_bytes = capacity_bytes
         self.refuse: Callable[[str, Path], int | None] = lambda operation, path: None
@@ -152,14 +156,20 @@ class CrashingDisk(Disk):
             folder.crash(random)
         for file in {id(f): f for folder in self._folders.values() for f in folder.names.values()}.values():
             file.crash(random)
-        self._open, self._owned, self.lose_power_at = {}, set(), None
+        self._open, self._owned, self._off = {}, set(), False
+        self.keep_power()
         if self._steps_before and random.integers(2):  # the index may lag, as far as it likes
             self.steps = self._steps_before[int(random.integers(len(self._steps_before)))]
         self._steps_before = []
 
+    def keep_power(self) -> None:
+        self.lose_power_at, self.lose_power_when = None, lambda operation, path: False
+
     def _begin(self, operation: str, path: Path) -> None:
-        self.operations += 1
-        if self.lose_power_at is not None and self.operations >= self.lose_power_at:
+        self.operations += operation not in HARMLESS
+        reached = self.lose_power_at is not None and self.operations >= self.lose_power_at
+        if self._off or reached or self.lose_power_when(operation, path):
+            self._off = True
             raise PowerLost
         if number := self.refuse(operation, path):
             raise OSError(number, os.strerror(number))

@@ -25,14 +25,26 @@ from tierstore.updates import Commit, Initial, RowStorage, Snapshot, TrainedSpec
 FOLDER = Path("store/training")
 KIB = 1024
 TABLES = (
-    TrainedSpec("wide", 300, RowLayout((Field("weight", "bfloat16", 24), Field("master", "float32", 24),
+    TrainedSpec("wide", 800, RowLayout((Field("weight", "bfloat16", 24), Field("master", "float32", 24),
                                         Field("adam_m", "float32", 9))), Initial("normal", 0.02, 3),
                 uuid="11" * 16),
-    TrainedSpec("narrow", 700, RowLayout((Field("weight", "float32", 5), Field("sum", "bfloat16", 1))),
+    TrainedSpec("narrow", 1500, RowLayout((Field("weight", "float32", 5), Field("sum", "bfloat16", 1))),
                 uuid="22" * 16),
     TrainedSpec("large", 12, RowLayout((Field("weight", "float32", 1500),)), Initial("normal", 1.0, 4),
                 uuid="33" * 16),
 )  # fmt: skip
+DELICATE = (  # how an operation and its file's name begin, how that ends
+    ("sync ", ".rows"),
+    ("sync ", ".rows"),
+    ("write ", ".rows"),
+    ("sync journal", ""),
+    ("sync superblock", ""),
+    ("sync epochs-", ""),
+    ("sync_folder", ""),
+    ("sync ", ".seg"),
+    ("unlink ", ""),
+    ("steps", ""),
+)
 Rows = list[np.ndarray]  # uint8 [rows, row_bytes] for each table
 
 
@@ -64,7 +76,7 @@ class SimulatedRun:
             segment_bytes=256 * KIB,
             log_bytes_max=1024 * KIB,
             fold_bytes=64 * KIB,
-            fold_batch_bytes=64 * KIB,
+            fold_batch_bytes=4 * KIB * self._number(1, 9),
             read_buffer_bytes=64 * KIB,
             keep_steps=int(self._random.integers(1, 4)),
         )
@@ -78,12 +90,12 @@ class SimulatedRun:
         for _ in range(lives):
             storage = self._recover()
             try:
-                self._lose_power_within(400)
+                self._lose_power_within(250)
                 while True:
                     self._act(storage)
             except PowerLost:
                 self._crash()
-        self._disk.lose_power_at = None
+        self._disk.keep_power()
         storage = self._recover()
         while storage.fold():
             pass
@@ -94,7 +106,18 @@ class SimulatedRun:
         return int(self._random.integers(low, high))
 
     def _lose_power_within(self, operations: int) -> None:
+        """At any operation, or every other time at one of a few kinds where much is at stake."""
         self._disk.lose_power_at = self._disk.operations + self._number(1, operations)
+        if self._number(0, 2):
+            kind, left = DELICATE[self._number(0, len(DELICATE))], self._number(1, 8)
+
+            def is_reached(operation: str, path: Path) -> bool:
+                nonlocal left
+                left -= f"{operation} {path.name}".startswith(kind[0]) and path.name.endswith(kind[1])
+                return left <= 0
+
+            self._disk.lose_power_at = self._disk.operations + 4 * operations
+            self._disk.lose_power_when = is_reached
 
     def _crash(self) -> None:
         self.crashes += 1
@@ -114,7 +137,7 @@ class SimulatedRun:
                 self._crash()
             if self._is_there():
                 break
-        self._disk.lose_power_at = None
+        self._disk.keep_power()
 
     def _is_there(self) -> bool:
         try:
@@ -133,7 +156,7 @@ class SimulatedRun:
                 if self._number(0, 3) == 0:
                     self._lose_power_within(60)
                 storage = self._open()
-                self._disk.lose_power_at = None
+                self._disk.keep_power()
                 break
             except PowerLost:
                 self._crash()
@@ -202,7 +225,7 @@ class SimulatedRun:
 
     def _new_rows(self, table: int) -> tuple[np.ndarray, np.ndarray]:
         spec = TABLES[table]
-        count = self._number(1, min(120, spec.rows))
+        count = self._number(1, min(50, spec.rows // 2))
         ids = self._random.choice(spec.rows, count, replace=False).astype(np.int64)
         return ids, self._random.integers(0, 256, (count, spec.row_bytes), dtype=np.uint8)
 
