@@ -2,6 +2,7 @@
 #
 #   make demo    the product from end to end, on this machine
 #   make test    lint, then every test
+#   make crash   a thousand power cuts on a simulated disk, sixty processes killed while they train
 #   make lint    ruff and mypy
 #   make bench   the committed benchmark records, anew (about an hour)
 #   make bench-gpu   those that need a GPU, in two calls of at most ten minutes: BENCH_ARGS='--part 1', then 2
@@ -13,7 +14,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-gpu proto clean venv
+.PHONY: help demo test crash lint bench bench-gpu proto clean venv
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -51,6 +52,9 @@ lint: $(READY)
 
 test: lint
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+crash: $(READY)
+	@$(BIN)/python -m tierstore.testing.crashes --crashes 1000 --kills 60
 
 bench: $(READY)
 	@$(BIN)/tierbench record --out bench/results

@@ -14,7 +14,12 @@ FUNCTION_LINES_MAX = 60
 FILE_LINES_MAX = 400
 
 # Modules that something else than an import statement starts.
-ENTRY_POINTS = ("tierstore.cli", "tierbench.cli", "tierbench.__main__")
+ENTRY_POINTS = (
+    "tierstore.cli",
+    "tierstore.testing.crashes.__main__",
+    "tierbench.cli",
+    "tierbench.__main__",
+)
 LOADED_BY_NAME = (
     "tierstore.commands.",
     "tierbench.commands.",

@@ -10,28 +10,25 @@ from contextlib import contextmanager
 from engram_client.errors import StorageError
 from tierstore.updates.fold import FoldParts, fold
 from tierstore.updates.scan import Committed
+from tierstore.updates.steps import Steps
 
 log = logging.getLogger(__name__)
 
 
 class Folding:
-    """The log's `changed` guards everything here.
-
-    `target` says up to which step a fold could go now, `finish` is called when it is there.
-    """
+    """The log's `changed` guards everything here. `finish` is called when a fold is where it was to go."""
 
     def __init__(
         self,
         parts: FoldParts,
-        target: Callable[[], Committed | None],
+        steps: Steps,
         finish: Callable[[Committed], None],
         *,
         fold_bytes: int,
         background: bool,
     ) -> None:
-        self._parts, self._target, self._finish, self._fold_bytes = parts, target, finish, fold_bytes
+        self._parts, self._steps, self._finish, self._fold_bytes = parts, steps, finish, fold_bytes
         self._changed = parts.log.changed
-        self.floor = 0  # steps before this position cannot be gone back to: a fold has begun
         self._active: Iterator[int] | None = None
         self._number = 0  # of the last attempt
         self._working = False  # a batch is being folded just now
@@ -89,7 +86,9 @@ class Folding:
 
     def can_help(self) -> bool:
         """Whether folding can make room in the log, now or when it goes on; `changed` is held."""
-        possible = self.failure is None and (self._active is not None or self._target() is not None)
+        possible = self.failure is None and (
+            self._active is not None or self._steps.fold_target() is not None
+        )
         if possible and not self._urgent:
             self._urgent = True
             self._changed.notify_all()
@@ -112,10 +111,10 @@ class Folding:
 
     def _begin(self) -> bool:
         if self._active is None:
-            target = self._target()
+            target = self._steps.fold_target()
             if target is None:
                 return False
-            self.floor = max(self.floor, target.start)
+            self._steps.floor = max(self._steps.floor, target.start)
             self._number = max(self._number, self._parts.superblock.folded.folds) + 1
             self._active = fold(self._parts, self._number, target, lambda: self._finish(target))
         return True
@@ -125,7 +124,7 @@ class Folding:
             return False
         log_bytes = self._parts.log.end - self._parts.log.start
         wanted = self._active is not None or self._urgent or log_bytes >= self._fold_bytes
-        return wanted and (self._active is not None or self._target() is not None)
+        return wanted and (self._active is not None or self._steps.fold_target() is not None)
 
     def _run(self) -> None:
         while True:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from engram_client.deadline import Deadline
-from engram_client.errors import BadRequest, StorageError, Unavailable
+from engram_client.errors import StorageError, Unavailable
 from tierstore.config import Training
 from tierstore.updates.blocks import (
     ALIGN,
@@ -43,7 +43,8 @@ from tierstore.updates.row_index import RowIndex
 from tierstore.updates.scan import Committed
 from tierstore.updates.snapshot import Snapshot
 from tierstore.updates.spec import TrainedSpec
-from tierstore.updates.step_index import StepPlace
+from tierstore.updates.steps import Steps
+from tierstore.updates.warm import warm_up
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +56,11 @@ class RowStorage:
 
     def __init__(self, disk: Disk, folder: Path, config: Training, background: bool) -> None:
         """Use `open`. Recovers: afterwards the rows are those of the last committed step, exactly."""
+        warm_up()
         self._folder, self._config, self._pid = folder, config, os.getpid()
         self._changed = threading.Condition()
         self._appending = threading.RLock()
         self._unfinished: tuple[Commit, Callable[[], None]] | None = None  # a rollback on its way
-        self._pins: list[int] = []  # positions that no fold may pass, for snapshots
         self._closed = False
         self._opened = opened = Opened(disk, folder, config, self._changed)
         try:
@@ -67,8 +68,8 @@ class RowStorage:
         except BaseException:
             opened.close()
             raise
-        self._superblock, self._scan, self._segments = opened.superblock, opened.scan, opened.segments
-        self._indices, self._indexed = opened.indices, set(opened.indexed)
+        self._scan, self._segments = opened.scan, opened.segments
+        self._indices = opened.indices
         self.tables = list(opened.identity.tables)
         words = opened.identity.words
         self._block_bytes = min(BLOCK_BYTES_MAX, config.segment_bytes - ALIGN)
@@ -79,8 +80,9 @@ class RowStorage:
         self._log_rows = [
             LogRows(self._log, self._reader, t.row_bytes, w) for t, w in zip(self.tables, words, strict=True)
         ]
+        self._steps = Steps(self._log, opened.superblock, opened.steps, opened.indexed, config.keep_steps)
         self._folding = Folding(
-            self._fold_parts(), self._fold_target, self._folded, fold_bytes=config.fold_bytes,
+            self._fold_parts(), self._steps, self._folded, fold_bytes=config.fold_bytes,
             background=background,
         )  # fmt: skip
         self._log.on_durable = self._note_step
@@ -125,18 +127,18 @@ class RowStorage:
     def step(self) -> int | None:
         """The last committed step, or None before the first."""
         with self._changed:
-            return self._log.commits[-1].step if self._log.commits else None
+            return self._steps.last.step if self._steps.last else None
 
     def steps(self) -> list[int]:
         """Committed steps that can be gone back to, oldest first."""
         with self._changed:
-            return [c.step for c in self._kept()]
+            return [c.step for c in self._steps.kept()]
 
     def state(self) -> bytes:
         """What the last commit was given to keep; empty before the first."""
         with self._changed:
             self._check_open()
-            last = self._log.commits[-1] if self._log.commits else None
+            last = self._steps.last
             segments = self._segments.pin(last.start, last.end) if last else []
         try:
             return self._scan.state(last, segments) if last else b""
@@ -212,7 +214,7 @@ class RowStorage:
             self._log.wait_until(lambda: self._log.written == self._log.end, deadline, drained)
             with self._folding.paused():
                 with self._changed:
-                    target = self._kept_step(step)
+                    target = self._steps.find(step)
                     blocks = self._log.blocks.all()
                 state = self._scan.state(target)
                 live = blocks[blocks["position"] < target.start]
@@ -230,11 +232,11 @@ class RowStorage:
         """
         with self._changed:
             self._check_open()
-            last = self._log.commits[-1].step if self._log.commits else -1
-            target = self._kept_step(last if step is None else step)
+            last = self._steps.last.step if self._steps.last else -1
+            target = self._steps.find(last if step is None else step)
             blocks = self._log.blocks.all()
             segments = self._segments.pin(self._log.start, target.end)
-            self._pins.append(target.start)
+            self._steps.pins.append(target.start)
         view = LogView(segments, blocks[blocks["position"] < target.start], [], target.end)
         try:
             state = self._scan.state(target, segments)
@@ -321,7 +323,7 @@ class RowStorage:
             with self._changed:
                 self._check_open()
                 self._log.check()
-                last = self._log.commits[-1].step if self._log.commits else -1
+                last = self._steps.last.step if self._steps.last else -1
                 queued = self._log.queue_rows(table, last, part_ids, part)
                 self._indices[table].put(part_ids, queued.first_entry, stride_of(row_bytes))
 
@@ -338,10 +340,10 @@ class RowStorage:
                 return False
             if self._folding.failure:
                 raise self._folding.failure
-            if for_commit and not self._pins:
+            if for_commit and not self._steps.pins:
                 return True  # the commits after this one let it be folded
-            kept = [c.step for c in self._kept()]
-            raise log_is_full(self._folder, log_bytes, self._config, kept, len(self._pins))
+            kept = [c.step for c in self._steps.kept()]
+            raise log_is_full(self._folder, log_bytes, self._config, kept, len(self._steps.pins))
 
         with self._changed:
             self._folding.try_again()
@@ -357,71 +359,31 @@ class RowStorage:
     def _go_back(self, target: Committed, indices: list[RowIndex]) -> None:
         """The rollback is durable: forget what it dropped."""
         with self._changed:
-            dropped = [c.step for c in self._log.commits if c.start > target.start]
-            self._log.commits = [c for c in self._log.commits if c.start <= target.start]
+            dropped = self._steps.cut(0, target.start)
             self._log.blocks.cut(0, target.start)
             self._indices = indices
-        self._index_steps({}, dropped)
+        self._steps.change_index({}, dropped)
 
-    # Steps. `_changed` is held where nothing else is said.
-
-    def _kept(self) -> list[Committed]:
-        """What can be gone back to, oldest first."""
-        floor = max(self._folding.floor, self._superblock.folded.floor)
-        return [c for c in self._log.commits[-self._config.keep_steps :] if c.start >= floor]
-
-    def _kept_step(self, step: int) -> Committed:
-        for committed in self._kept():
-            if committed.step == step:
-                return committed
-        have = ", ".join(str(c.step) for c in self._kept()) or "none"
-        raise BadRequest(
-            f"step {step} is not kept; steps that can be gone back to: {have} (training.keep_steps = "
-            f"{self._config.keep_steps})"
-        )
+    # Called by log and folding. `_changed` is not held.
 
     def _note_step(self, committed: Committed) -> None:
-        """A commit is durable (`_changed` is not held): tell the index, which may lag."""
         with self._changed:
-            kept = {c.step for c in self._kept()}
             self._folding.try_again()
-        place = StepPlace(committed.start, committed.end, committed.segment, committed.digest)
-        self._index_steps({committed.step: place}, sorted(self._indexed - kept))
-
-    def _index_steps(self, put: dict[int, StepPlace], drop: list[int]) -> None:
-        """`_changed` is not held."""
-        try:
-            self._opened.steps.change(put, drop)
-            self._indexed = (self._indexed | put.keys()) - set(drop)
-        except StorageError as error:
-            log.warning("%s; the log holds every commit, opening makes the index again", error)
-
-    # Folding. `_changed` is held where nothing else is said.
-
-    def _fold_target(self) -> Committed | None:
-        """The step that pages can go up to now; None where they are there."""
-        kept = self._kept()
-        if not kept:
-            return None
-        most = min([kept[0].start, *self._pins])
-        free = [c for c in self._log.commits if self._log.start < c.start <= most]
-        return free[-1] if free else None
+        self._steps.note(committed)
 
     def _folded(self, target: Committed) -> None:
-        """Pages and superblock say so (`_changed` is not held): forget what they stand for."""
+        """Pages and superblock say so: forget what they stand for."""
         with self._changed:
-            dropped = [c.step for c in self._log.commits if c.start < target.start]
+            dropped = self._steps.cut(target.start, self._log.end)
             self._log.start = target.start
-            self._log.commits = [c for c in self._log.commits if c.start >= target.start]
             self._log.blocks.cut(target.start, self._log.end)
             for index in self._indices:
                 index.forget_before(target.start)
             self._changed.notify_all()
-        self._index_steps({}, dropped)
+        self._steps.change_index({}, dropped)
 
     def _unpin(self, target: Committed, view: LogView) -> None:
-        """`_changed` is not held."""
         with self._changed:
-            self._pins.remove(target.start)
+            self._steps.pins.remove(target.start)
             self._changed.notify_all()
         self._segments.unpin(view.segments)
