@@ -231,10 +231,10 @@ class Training(Section, frozen=True):
     ] = 64 * MIB
     log_bytes_max: Annotated[
         ByteSize, Meta(ge=MIB, description="disk for the update log; beyond it updates wait for folding")
-    ] = 16 * GIB
+    ] = 8 * GIB
     fold_bytes: Annotated[
         ByteSize, Meta(ge=64 * KIB, description="size of the log from which on it is folded into pages")
-    ] = 4 * GIB
+    ] = 2 * GIB
     fold_batch_bytes: Annotated[
         ByteSize, Meta(ge=4 * KIB, le=GIB, description="pages that a fold writes at a time, twice each")
     ] = 32 * MIB

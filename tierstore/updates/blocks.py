@@ -141,39 +141,47 @@ def decode(raw: bytes, uuid: bytes) -> tuple[Header, int] | None:
 
 
 BLOCK = np.dtype(
-    [
-        ("position", "i8"),
-        ("salt", "u8"),
-        ("count", "i8"),
-        ("first_entry", "i8"),
-        ("ids_sum", "u8"),
-        ("table", "i4"),
-    ]
+    [("position", "i8"), ("count", "i8"), ("first_entry", "i8"), ("ids_sum", "u8"), ("table", "i8")]
 )
 
 
 class BlockTable:
     """Every live block with rows, ascending by position: what finding and checking a row needs of it.
 
-    Views that `all` gave stay as they are: rows are only appended behind them, and cutting makes a new array.
+    Views that were given stay as they are: blocks are only appended behind them, and cutting makes new
+    arrays.
     """
 
     def __init__(self) -> None:
-        self._blocks = np.zeros(64, BLOCK)
+        self._blocks, self._salts = np.zeros(64, BLOCK), np.zeros(64, np.uint64)
+        self._starts = np.zeros(64, np.int64)
         self._count = 0
 
     def add(self, header: Header) -> None:
         if self._count == self._blocks.size:
-            self._blocks = np.concatenate([self._blocks, np.zeros(self._count, BLOCK)])
+            self._copy(self.all(), *self.salts())
         h = header
-        self._blocks[self._count] = (h.position, h.salt, h.count, h.first_entry, h.body_sum, h.table)
+        self._blocks[self._count] = (h.position, h.count, h.first_entry, h.body_sum, h.table)
+        self._starts[self._count], self._salts[self._count] = h.position, h.salt
         self._count += 1
 
     def all(self) -> np.ndarray:
+        """BLOCK [n]."""
         return self._blocks[: self._count]
+
+    def salts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where each starts, int64 [n], and its salt, uint64 [n]."""
+        return self._starts[: self._count], self._salts[: self._count]
 
     def cut(self, start: int, end: int) -> None:
         """Keep the blocks that lie in [start, end)."""
-        live = self.all()
-        kept = live[(live["position"] >= start) & (live["position"] < end)]
-        self._blocks, self._count = np.concatenate([kept, np.zeros(64, BLOCK)]), kept.size
+        starts, salts = self.salts()
+        kept = slice(*np.searchsorted(starts, (start, end)))
+        self._copy(self.all()[kept], starts[kept], salts[kept])
+
+    def _copy(self, blocks: np.ndarray, starts: np.ndarray, salts: np.ndarray) -> None:
+        """Make new arrays of these, with as much room again."""
+        self._count, room = blocks.size, max(64, blocks.size)
+        self._blocks = np.concatenate([blocks, np.zeros(room, BLOCK)])
+        self._starts = np.concatenate([starts, np.zeros(room, np.int64)])
+        self._salts = np.concatenate([salts, np.zeros(room, np.uint64)])

@@ -79,20 +79,23 @@ class EpochsFile:
 
 
 def _packed(epochs: np.ndarray) -> np.ndarray:
-    chunks = -(-epochs.size // CHUNK)
-    full = np.zeros((chunks, CHUNK), np.uint32)
-    full.reshape(-1)[: epochs.size] = epochs
-    used = np.flatnonzero(full.any(axis=1))
+    whole = epochs.size // CHUNK
+    chunks = epochs[: whole * CHUNK].reshape(whole, CHUNK)
+    used = np.flatnonzero(chunks.any(axis=1))
+    parts, rest = [chunks[used].reshape(-1)], epochs[whole * CHUNK :]
+    if rest.any():
+        used = np.append(used, whole)
+        parts.append(np.pad(rest, (0, CHUNK - rest.size)))
     numbers = np.concatenate([np.array([used.size]), used]).astype(np.int64)
-    return np.concatenate([numbers.view(np.uint8), full[used].reshape(-1).view(np.uint8)])
+    return np.concatenate([numbers.view(np.uint8), *(part.view(np.uint8) for part in parts)])
 
 
 def _unpack(data: np.ndarray, at: int, epochs: np.ndarray) -> int:
     count = int(data[at : at + 8].view(np.int64)[0])
     numbers = data[at + 8 : at + 8 + 8 * count].view(np.int64)
     at += 8 + 8 * count
-    chunks = data[at : at + 4 * CHUNK * count].view(np.uint32).reshape(count, CHUNK)
-    full = np.zeros((-(-epochs.size // CHUNK), CHUNK), np.uint32)
-    full[numbers] = chunks
-    epochs[:] = full.reshape(-1)[: epochs.size]
-    return at + 4 * CHUNK * count
+    for number in numbers.tolist():
+        into = epochs[number * CHUNK : (number + 1) * CHUNK]
+        into[:] = data[at : at + 4 * CHUNK].view(np.uint32)[: into.size]
+        at += 4 * CHUNK
+    return at

@@ -102,7 +102,7 @@ def _fold_batch(parts: FoldParts, table: int, number: int, ids: np.ndarray, posi
     put_rows(initial, fresh, *place)
     rows = np.empty((ids.size, g.row_bytes), np.uint8)
     with parts.log.changed:
-        view = view_of(parts.log, table, int(positions.min()), int(positions.max()) + 1)
+        view = view_of(parts.log, table, positions)
     try:
         parts.log_rows[table].read(view, ids, positions, rows, Deadline.after(None))
     finally:

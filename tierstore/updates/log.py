@@ -286,13 +286,18 @@ class UpdateLog:
                     "make room, and the next commit, spill or wait tries again"
                 )
             else:
-                self.broken = StorageError(
-                    f"{folder}: writing {queued.size} bytes at position {queued.position} failed: "
-                    f"{error.strerror}; what the disk holds is not known any more, so this store takes no "
-                    "further updates: check the disk and open the store again, which finds the last "
-                    "committed step"
-                )
-                log.error("%s", self.broken)
+                what = f"writing {queued.size} bytes at position {queued.position}"
+                self._break(f"{what} failed: {error.strerror}")
+            self.changed.notify_all()
+
+    def _break(self, what: str) -> None:
+        with self.changed:
+            self.broken = StorageError(
+                f"{self.segments.folder}: {what}; what the disk holds is not known any more, so this store "
+                "takes no further updates: check the disk and open the store again, which finds the last "
+                "committed step"
+            )
+            log.error("%s", self.broken)
             self.changed.notify_all()
 
     def _run(self) -> None:
@@ -302,7 +307,10 @@ class UpdateLog:
                     self.changed.wait()
                 if self._stopping:
                     return
-            self.write_next()
+            try:
+                self.write_next()
+            except Exception as error:  # nobody waits for a thread that has died
+                self._break(f"writing the log failed: {error!r}")
 
     def stop(self) -> None:
         """Leave what is still queued; it was never acknowledged."""

@@ -21,18 +21,18 @@ class LogView:
     """What of the log a reader needs, as of one moment. Its segments stay open until it is released."""
 
     segments: list[Segment]
-    blocks: np.ndarray  # BLOCK [n]
+    starts: np.ndarray  # of blocks, ascending: int64 [n]
+    salts: np.ndarray  # theirs: uint64 [n]
     waiting: list[Queued]
     written: int
 
-    def segment_of(self, position: int) -> Segment:
-        return next(s for s in reversed(self.segments) if s.base <= position)
 
-
-def view_of(log: UpdateLog, table: int, low: int, high: int) -> LogView:
-    """A view for positions in [low, high) of one table; `log.changed` is held. Unpin its segments."""
+def view_of(log: UpdateLog, table: int, positions: np.ndarray) -> LogView:
+    """A view for these positions of one table, -1 among them; `log.changed` is held. Unpin its segments."""
+    found = positions[positions >= 0]
+    low, high = (int(found.min()), int(found.max()) + 1) if found.size else (0, 0)
     waiting = log.waiting(table) if high > log.written else []
-    return LogView(log.segments.pin(low, high), log.blocks.all(), waiting, log.written)
+    return LogView(log.segments.pin(low, high), *log.blocks.salts(), waiting, log.written)
 
 
 class LogRows:
@@ -89,7 +89,7 @@ class LogRows:
         where = positions + segment.offset(0)
         pieces = spans(where, self._stride, np.arange(ids.size) * self._stride)
         self._reader.read(segment.fd, segment.path, pieces, entries, deadline)
-        starts, salts = (np.ascontiguousarray(view.blocks[name]) for name in ("position", "salt"))
+        starts, salts = view.starts, view.salts
         bad = first_bad_row(
             entries, self._row_bytes, self._stride, ids, positions, starts, salts, *self._words
         )

@@ -32,16 +32,19 @@ class Snapshot:
         log_rows: list[LogRows],
         pages: list[TablePages],
         reader: PieceReader,
+        check_open: Callable[[], None],
         release: Callable[[], None],
     ) -> None:
         self.step, self.state, self.tables = committed.step, state, list(tables)
         self._indices, self._view, self._log_rows, self._pages = indices, view, log_rows, pages
-        self._reader, self._release, self._closed = reader, release, False
+        self._reader, self._check_open, self._release = reader, check_open, release
+        self._closed = False
 
     def read(self, table: int, ids: np.ndarray, out: np.ndarray, deadline: Deadline | None = None) -> None:
         """Rows `ids` int64 [n] into `out` uint8 [n, row_bytes]; see `RowStorage.read`."""
         if self._closed:
             raise Unavailable(f"the snapshot of step {self.step} is closed")
+        self._check_open()  # the store's files are closed with it
         until = deadline or Deadline.after(None)
         positions = self._indices[table].find(ids)
         self._log_rows[table].read(self._view, ids, positions, out, until)

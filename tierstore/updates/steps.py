@@ -23,6 +23,7 @@ class Steps:
         self._indexed = set(indexed)
         self.pins: list[int] = []  # positions that no fold may pass, for snapshots
         self.floor = 0  # what a fold that has begun leaves to go back to
+        self.going_back = False  # a rollback is queued and not durable yet: what is kept is not known
 
     @property
     def last(self) -> Committed | None:
@@ -48,7 +49,7 @@ class Steps:
     def fold_target(self) -> Committed | None:
         """The step that pages can go up to now; None where they are there."""
         kept = self.kept()
-        if not kept:
+        if not kept or self.going_back:
             return None
         most = min([kept[0].start, *self.pins])
         free = [c for c in self._log.commits if self._log.start < c.start <= most]

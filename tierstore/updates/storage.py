@@ -136,8 +136,8 @@ class RowStorage:
 
     def state(self) -> bytes:
         """What the last commit was given to keep; empty before the first."""
+        self._check_open()
         with self._changed:
-            self._check_open()
             last = self._steps.last
             segments = self._segments.pin(last.start, last.end) if last else []
         try:
@@ -151,10 +151,10 @@ class RowStorage:
         Raises IdOutOfRange, StorageError, DataCorrupt, DeadlineExceeded; `out` is undefined then.
         """
         check_rows(self.tables, table, ids, out)
+        self._check_open()
         with self._changed:
-            self._check_open()
             positions = self._indices[table].find(ids)
-            view = view_of(self._log, table, self._log.start, self._log.end)
+            view = view_of(self._log, table, positions)
         try:
             self._log_rows[table].read(view, ids, positions, out, deadline)
         finally:
@@ -170,6 +170,7 @@ class RowStorage:
         are kept, DeadlineExceeded.
         """
         check_rows(self.tables, table, ids, rows)
+        self._check_open()
         with self._appending:
             self._finish_rollback()
             self._queue(table, ids, rows, deadline, copied=True)
@@ -190,10 +191,10 @@ class RowStorage:
         check_step(step, state, min(STATE_BYTES_MAX, self._block_bytes - HEADER_BYTES))
         for table, ids, rows in dirty:
             check_rows(self.tables, table, ids, rows)
+        self._check_open()
         with self._appending:
             self._finish_rollback()
             with self._changed:
-                self._check_open()
                 self._log.check()
                 self._log.check_step(step)
             for table, ids, rows in dirty:
@@ -207,9 +208,9 @@ class RowStorage:
 
         What was spilled since the last commit is gone too, also where `step` is the last one.
         """
+        self._check_open()
         with self._appending:
             self._finish_rollback()
-            self._check_open()
             drained = "writing what is queued"
             self._log.wait_until(lambda: self._log.written == self._log.end, deadline, drained)
             with self._folding.paused():
@@ -220,6 +221,7 @@ class RowStorage:
                 live = blocks[blocks["position"] < target.start]
                 indices = index_of(self._scan, self.tables, self._segments.all, live)
                 with self._changed:
+                    self._steps.going_back = True
                     commit = self._log.queue_rollback(target)
                 self._unfinished = commit, lambda: self._go_back(target, indices)
                 self._finish_rollback(deadline)
@@ -230,23 +232,24 @@ class RowStorage:
 
         Raises BadRequest where the step is not kept.
         """
+        self._check_open()
         with self._changed:
-            self._check_open()
             last = self._steps.last.step if self._steps.last else -1
             target = self._steps.find(last if step is None else step)
-            blocks = self._log.blocks.all()
+            blocks, salts = self._log.blocks.all(), self._log.blocks.salts()
             segments = self._segments.pin(self._log.start, target.end)
             self._steps.pins.append(target.start)
-        view = LogView(segments, blocks[blocks["position"] < target.start], [], target.end)
+        view = LogView(segments, *salts, [], target.end)
         try:
             state = self._scan.state(target, segments)
-            indices = index_of(self._scan, self.tables, segments, view.blocks)
+            live = blocks[blocks["position"] < target.start]
+            indices = index_of(self._scan, self.tables, segments, live)
         except BaseException:
             self._unpin(target, view)
             raise
         return Snapshot(
             target, state, self.tables, indices, view, self._log_rows, self._opened.pages, self._reader,
-            lambda: self._unpin(target, view),
+            self._check_open, lambda: self._unpin(target, view),
         )  # fmt: skip
 
     def fold(self) -> bool:
@@ -321,7 +324,6 @@ class RowStorage:
                 part_ids, part = part_ids.copy(), part.copy()
             self._wait_for_room(block_bytes(part_ids.size, row_bytes), deadline, for_commit=not copied)
             with self._changed:
-                self._check_open()
                 self._log.check()
                 last = self._steps.last.step if self._steps.last else -1
                 queued = self._log.queue_rows(table, last, part_ids, part)
@@ -362,6 +364,7 @@ class RowStorage:
             dropped = self._steps.cut(0, target.start)
             self._log.blocks.cut(0, target.start)
             self._indices = indices
+            self._steps.going_back = False
         self._steps.change_index({}, dropped)
 
     # Called by log and folding. `_changed` is not held.
