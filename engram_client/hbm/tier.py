@@ -68,6 +68,7 @@ class HbmTier:
                 "call resize(..., graphs_are_gone=True) and capture them anew"
             )
         self._memory.resize(budget_bytes)
+        self._memory.arena.captured = False
 
     def settle(self) -> None:
         """Have the host wait until all records that look-ups have brought are let in or left out."""
