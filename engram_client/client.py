@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from engram_client.deadline import Deadline
@@ -15,22 +17,39 @@ from engram_client.table import Table
 from engram_client.transport.base import Transport
 from engram_client.transport.local import LocalTransport
 
+if TYPE_CHECKING:
+    from engram_client.hbm.hot_tables import HotTables
+
+log = logging.getLogger(__name__)
 SOCKET_PATH_BYTES_MAX = 107  # of sockaddr_un, without its final zero
 PREFETCH_THREADS = 4
 
 
-def connect(target: str, *, prefetch_handles_max: int = 64, wait_s: float = 0.0) -> Client:
+def connect(
+    target: str,
+    *,
+    prefetch_handles_max: int = 64,
+    wait_s: float = 0.0,
+    hbm_budget_bytes: int | None = None,
+    device: Any = None,
+) -> Client:
     """Connect to `target`: "local:DIR", "unix:PATH" or "tcp://HOST:PORT".
 
     "local:DIR" opens the store directory in this process; the others reach a daemon, which is
     asked for its tables at once. `prefetch_handles_max` bounds the handles open at a time. With
     `wait_s` a daemon that is not there yet is waited for that many seconds.
 
+    With `hbm_budget_bytes` hot records of all tables are kept in that much memory of `device`, of torch
+    (default: "cuda"), in this process, and look-ups by ids there are answered from it, there. Over
+    "local:DIR" the store's configuration (`hbm.client_budget_bytes`, `hbm.device`) holds where they are not
+    given; 0 keeps none.
+
     Raises BadRequest for a target of another form, Unavailable where no daemon answers, StoreLocked
     where another process has the directory.
     """
     client = Client(_transport(target), target, prefetch_handles_max)
     try:
+        client._keep_hot(hbm_budget_bytes, device)
         _await_tables(client, Deadline.after(wait_s))
     except BaseException:
         client.close()
@@ -55,7 +74,27 @@ class Client:
         self.target = target
         self._transport = transport
         self._prefetcher = Prefetcher(PREFETCH_THREADS, prefetch_handles_max)
+        self._hot: HotTables | None = None
         self._close = weakref.finalize(self, _close, transport, self._prefetcher)
+
+    def _keep_hot(self, budget_bytes: int | None, device: Any) -> None:
+        """Raises BadRequest for a device that somebody named and that is not there; else it is said."""
+        asked = budget_bytes is not None
+        if not asked and isinstance(self._transport, LocalTransport):
+            budget_bytes, configured = self._transport.hbm_settings()
+            device = configured if device is None else device
+        if not budget_bytes:
+            return
+        from engram_client.hbm.hot_tables import HotTables
+
+        try:
+            self._hot = HotTables(budget_bytes, "cuda" if device is None else device)
+        except BadRequest as error:
+            if asked:
+                raise
+            log.warning(
+                "no HBM tier: %s; rows of device tensors are copied from host memory each time", error
+            )
 
     def tables(self) -> dict[str, TableSpec]:
         """Every table served, by name."""
@@ -63,11 +102,28 @@ class Client:
 
     def table(self, name: str) -> Table:
         """One table, at the generation that is served now. Raises UnknownTable."""
-        return Table(self._transport.describe_table(name), self._transport, self._prefetcher, self)
+        spec = self._transport.describe_table(name)
+        if self._hot is not None:
+            return self._hot.table(spec, self._transport, self._prefetcher, self)
+        return Table(spec, self._transport, self._prefetcher, self)
 
     def stats(self) -> dict[str, int]:
-        """The service's counters; tierstore/tiers/counters.py says what each counts."""
-        return self._transport.stats()
+        """The service's counters; tierstore/tiers/counters.py says what each counts.
+
+        Those of this client's HBM tier begin with `client_hbm_`; with one this waits for the device.
+        """
+        hot = self._hot.stats() if self._hot is not None else {}
+        return {**self._transport.stats(), **{f"client_{name}": number for name, number in hot.items()}}
+
+    def resize_hbm_tier(self, budget_bytes: int, *, graphs_are_gone: bool = False) -> None:
+        """Change the budget of this client's HBM tier, in bytes, as `HbmTier.resize` does.
+
+        Raises BadRequest where there is none, the budget is too small or not there, or graphs hold its
+        memory.
+        """
+        if self._hot is None:
+            raise BadRequest("this client keeps no hot records; connect with hbm_budget_bytes=")
+        self._hot.resize(budget_bytes, graphs_are_gone=graphs_are_gone)
 
     def set_dram_budget(self, budget_bytes: int) -> int:
         """Change the service's DRAM budget, in bytes, while it serves; the budget then in force.

@@ -23,7 +23,7 @@ another, as `replacement.admit_plainly` does. One admission runs at a time: they
     counters int64 [6]       asked, misses, masked, admitted, evicted, left out
 
 Interpreted and compiled for sm_90 by the tests, not yet run on a GPU: what the order rests on is read from
-NVIDIA's memory model, not measured. `tests/gpu/test_hbm_races.py` is there to try it.
+NVIDIA's memory model, not measured. `tests/gpu/test_hbm_on_a_gpu.py` is there to try it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 
 import torch
@@ -14,6 +15,7 @@ from engram_client.hbm.table import HbmTable, ids_per_line
 from engram_client.table import Table
 
 STAGING_BYTES = 16 << 20
+COLUMNS = 8  # ids a position that later tables may have, at least
 
 
 class HbmTier:
@@ -38,12 +40,35 @@ class HbmTier:
         record_bytes = _record_bytes(tables)
         self.device = as_device(device, "the HBM tier's device")
         columns_max = max(ids_per_line(table.spec) for table in tables)
+        columns_max = max(columns_max, COLUMNS)
         self._memory = HbmMemory(record_bytes, columns_max, budget_bytes, staging_bytes, self.device)
+        self.record_bytes, self._columns_max = record_bytes, columns_max
         self._tables: dict[str, HbmTable] = {}
-        owner = 0
+        self._owners = 0
+        self._adding = threading.Lock()
         for table in tables:
-            self._tables[table.spec.name] = HbmTable(table, self._memory, owner)
-            owner += ids_per_line(table.spec)
+            self.add(table)
+
+    def add(self, table: Table) -> HbmTable:
+        """Take another table in, or another generation of one, in the place of the one of that name.
+
+        What is held of an earlier generation is never read for it, and goes in time. Raises BadRequest.
+        """
+        spec, columns = table.spec, ids_per_line(table.spec)
+        with self._adding:
+            if spec.record_bytes != self.record_bytes or columns > self._columns_max:
+                raise BadRequest(
+                    f"this HBM tier holds records of {self.record_bytes} bytes by up to "
+                    f"{self._columns_max} ids a "
+                    f"position; those of table {spec.name!r} have {spec.record_bytes} and {columns}"
+                )
+            if self._owners + columns > OWNERS_MAX:
+                raise BadRequest(
+                    f"an HBM tier numbers at most {OWNERS_MAX} orders of tables over its life; make a new one"
+                )
+            added = self._tables[spec.name] = HbmTable(table, self._memory, self._owners)
+            self._owners += columns
+            return added
 
     def table(self, name: str) -> HbmTable:
         """One of the tables. Raises UnknownTable."""
@@ -87,6 +112,4 @@ def _record_bytes(tables: list[Table]) -> int:
     if len(sizes) != 1:
         found = {table.spec.name: table.spec.record_bytes for table in tables}
         raise BadRequest(f"an HBM tier holds records of one size, got {found} bytes; make a tier for each")
-    if sum(ids_per_line(table.spec) for table in tables) > OWNERS_MAX:
-        raise BadRequest(f"an HBM tier holds at most {OWNERS_MAX} orders of tables, got {len(tables)} tables")
     return sizes.pop()

@@ -73,6 +73,11 @@ class LocalTransport:
     def prefetch(self, request: LookupRequest) -> bool:
         return bool(self._store.prefetch(request))
 
+    def hbm_settings(self) -> tuple[int, str]:
+        """Budget in bytes and device of the HBM tier that the configuration gives each client."""
+        hbm = self._store.config.hbm
+        return hbm.client_budget_bytes, hbm.device
+
     def fill_device(
         self, spec: TableSpec, entries: np.ndarray, orders: np.ndarray, out: Any, timeout_s: float | None
     ) -> str:

@@ -98,6 +98,10 @@ class Extent(Section, frozen=True):
 
 class Hbm(Section, frozen=True):
     section: ClassVar[str] = "hbm"
+    client_budget_bytes: Annotated[
+        ByteSize,
+        Meta(ge=0, description="device memory for hot records of each client in this process; 0 for none"),
+    ] = 0
     device: Annotated[str, Meta(description="of torch: cuda, cuda:1, or cpu for tests")] = "cuda"
     staging_bytes: Annotated[
         ByteSize,
