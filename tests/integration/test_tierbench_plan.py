@@ -95,7 +95,7 @@ def planned(folder: Path, capsys: Capture, *more: object) -> dict[str, Any]:
 
 
 def test_more_memory_waits_less_and_the_cheapest_is_chosen(folder: Path, capsys: Capture) -> None:
-    found = planned(folder, capsys, "--tokens-per-s", 500, "--waiting", 0.2, "--disk-share", 1)
+    found = planned(folder, capsys, "--tokens-per-s", 500, "--waiting", 0.3, "--disk-share", 1)
     plans = found["plans"]
     assert [plan["dram_bytes"] for plan in plans] == sorted(plan["dram_bytes"] for plan in plans)
     assert plans[0]["hit_rate"] == 0
@@ -135,6 +135,7 @@ WRONG = {
     "no store": (["--tokens-per-s", 1, "--table", "absent"], "give the folder of a store"),
     "unmeasured": (["--tokens-per-s", 1, "--model", "engram-demo"], "take a packed store"),
     "few steps": (["--tokens-per-s", 1, "--table", "STORE", "--check"], "fewer than 25 say nothing"),
+    "sessions": (["--tokens-per-s", 1, "--table", "STORE", "--sessions", 21], "0 of 300 steps of this text"),
     "hbm": (["--tokens-per-s", 1, "--table", "STORE", "--figures", "MACHINE", "--hbm", "1GiB"], "no GPU"),
     "hbm check": (["--tokens-per-s", 1, "--table", "STORE", "--hbm", "1GiB", "--check"], "leave out --hbm"),
     "tiny": (["--tokens-per-s", 1, "--table", "STORE", "--figures", "MACHINE", "--dram", "5B"], "at least"),

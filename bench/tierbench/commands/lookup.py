@@ -1,8 +1,8 @@
 """Measure DRAM hits in this process beside torch.index_select on a resident table.
 
 Records of 8 x 264 B and single rows of 264 B, through the arena itself and through the public API; what two
-threads do against one; and beside them numpy and EngramDB. Every record that is asked for is there;
-a miss ends the run.
+threads do against one; and beside them numpy, also from a mapped file, LMDB and EngramDB. Every record that
+is asked for is there; a miss ends the run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RECORDS_A_TOKEN = ORDERS * LAYERS
 ROWS_A_TOKEN = RECORDS_A_TOKEN * HEADS
 BATCHES_MAX = 64
 UNLIKE_PAGES = 0.1  # difference in the share of huge pages that is worth a word
-BESIDE = ("numpy", "EngramDB")
+BESIDE = ("numpy", "LMDB", "EngramDB")
 BARS = {"records": ">= 1.8", "rows": ">= 0.9", "token": "p50 <= 5 us"}
 
 
@@ -49,7 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warm-tokens", type=count, default=8192, metavar="N",
         help="tokens that are warm in the store behind the API (default: %(default)s)")  # fmt: skip
     add("--engramdb-bytes", type=byte_size, default=1 << 30, metavar="BYTES",
-        help="of the resident table that EngramDB gets, where it is installed (default: 1GiB)")  # fmt: skip
+        help="of the resident table in files, for numpy.memmap and EngramDB (default: 1GiB)")  # fmt: skip
+    add(
+        "--lmdb-rows",
+        type=count,
+        default=200_000,
+        metavar="N",
+        help="of it that LMDB holds (default: 200000)",
+    )
     add("--rows-per-head", type=count, default=1_000_000, metavar="N", help="of that store's table")
 
 
@@ -60,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     rows = max(1, int(args.arena_bytes * args.fill) // ROW_BYTES)
     resident = resident_rows(rows, ROW_BYTES, args.seed)
     ids = row_batches(resident, BATCHES_MAX, args.tokens * ROWS_A_TOKEN, args.seed)
-    beside = Beside(resident, ids, args.dir / "engramdb", args.engramdb_bytes)
+    beside = Beside(resident, ids, args.dir / "beside-scratch", args.engramdb_bytes, args.lmdb_rows)
     try:
         results: dict[str, Any] = {
             "resident_bytes": resident.nbytes,

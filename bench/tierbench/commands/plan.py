@@ -36,7 +36,7 @@ from tierbench.plan.check import compared, pace_of, run_check
 from tierbench.plan.figures import Figures, load_figures
 from tierbench.plan.measure import DISK_S_MIN, TRANSPORTS, measure
 from tierbench.plan.shown import ROUGH, assumption_grid, check_grid, plan_grid, verdict
-from tierbench.plan.study import Question, least_waiting, planned
+from tierbench.plan.study import Question, check_sessions, least_waiting, planned
 from tierbench.plan.timing import Target, Timing, spread
 from tierbench.prepared import MODEL, packed_tables, prepared_store
 from tierbench.progress import byte_progress, count_progress
@@ -114,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
     model = _model(args, tokenizer)
     trace = _trace(args, model, tokenizer)
     question = _question(args, model, trace)
+    check_sessions(question.work, question.target)
     if args.check:
         pace_of(question.work, question.target, args.check_s)  # refused now, not after all the work
     with _store(args) as store:
@@ -235,8 +236,11 @@ def _checked(
 
 
 def _recorded(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments as a record holds them: budgets as text, no paths but their last parts."""
-    plain = {name: [str(asked) for asked in getattr(args, name)] for name in ("dram", "hbm", "extent")}
+    """The arguments as a record holds them: budgets in bytes or as shares."""
+    plain = {
+        name: [asked.share if asked.size_bytes is None else asked.size_bytes for asked in getattr(args, name)]
+        for name in ("dram", "hbm", "extent")
+    }
     return argparse.Namespace(**{**vars(args), **plain})
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,10 @@ from tierbench.yardsticks.empty_service import running_empty_service
 WAYS = {SHARED: None, UNIX: EMPTY_UNIX, TCP: EMPTY_TCP}  # and what stands beside each
 COLUMNS = ("offered /s", "done /s", "latency p50", "p99", "p99.9", "in the call p50", "lag p99", "cores", "")
 PROBE_S = 0.3
-CALLS_MIN, CALLS_WANTED, LONGER_MAX = 20, 200, 2  # of a slow rate, whose window is longer for them
+ATTACH_S = 10.0
+SHM_CLIENTS_MAX = 1024  # that a daemon can be asked for
+CALLS_WANTED, LONGER_MAX = 200, 2  # a slow rate's window is longer for so many calls
+CALLS_MIN = 20  # in the longest window; no slower rate is tried
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,10 +95,8 @@ def run(args: argparse.Namespace) -> int:
     prepared = prepared_table(args.dir, args.rows_per_head)
     with _measured(args, prepared) as (daemon, crew):
         crew.all("warm")
-        if args.clients > (attached := crew.stats()["shm_clients"]) and SHARED in args.ways:
-            raise Unavailable(
-                f"{attached} of {args.clients} clients found a place in shared memory; choose other --ways"
-            )
+        if SHARED in args.ways:
+            _await_attached(crew, args.clients)
         groups = {way: _curves(args, crew, way) for way in args.ways}
         memory_bytes = daemon.memory_bytes()
     spec = prepared.spec
@@ -114,10 +116,25 @@ def run(args: argparse.Namespace) -> int:
     return deliver("serve", args, results, grids=grids)
 
 
+def _await_attached(crew: Crew, clients: int) -> None:
+    """Raises Unavailable where some would go by gRPC and be taken for shared memory."""
+    end = time.monotonic() + ATTACH_S
+    while (attached := crew.stats()["shm_clients"]) < clients:
+        if time.monotonic() > end:
+            raise Unavailable(
+                f"{attached} of {clients} clients found a place in shared memory; choose other --ways"
+            )
+        time.sleep(0.1)
+
+
 @contextmanager
 def _measured(args: argparse.Namespace, prepared: PreparedTable) -> Iterator[tuple[Daemon, Crew]]:
     keys = _keys(args, prepared)
-    settings = {"shm.clients_max": max(32, 2 * args.clients), "shm.user_clients_percent": 100}
+    settings = {
+        "shm.clients_max": min(SHM_CLIENTS_MAX, max(32, 2 * args.clients)),
+        "shm.user_clients_percent": 100,
+        "serve.concurrent_requests_max": 64 + 2 * args.clients,
+    }
     with (
         tempfile.TemporaryDirectory(prefix="tierbench-") as folder,
         running_daemon(prepared.store, dram_bytes=args.dram_bytes, settings=settings) as daemon,
@@ -160,7 +177,7 @@ def _curves(args: argparse.Namespace, crew: Crew, way: str) -> dict[str, Any]:
         probe = Offered(target, 1.0, PROBE_S, args.arrivals, args.spin_us, args.seed)
         capacities[name] = crew.capacity_per_s(probe)
     for name in names:
-        first = args.first_share * capacities["ours"]
+        first = max(args.first_share * capacities["ours"], CALLS_MIN / (LONGER_MAX * args.window_s))
         sweeps[name] = Sweep(first, args.factor, args.halvings, args.points_max)
     before = crew.stats()
     with count_progress(way, len(names) * args.points_max) as progress:
@@ -177,8 +194,7 @@ def _curves(args: argparse.Namespace, crew: Crew, way: str) -> dict[str, Any]:
 
 def _offered(args: argparse.Namespace, way: str, rate_per_s: float) -> Offered:
     longer_s = min(LONGER_MAX * args.window_s, CALLS_WANTED / rate_per_s)
-    window_s = max(args.window_s, longer_s, CALLS_MIN / rate_per_s)
-    return Offered(way, rate_per_s, window_s, args.arrivals, args.spin_us, args.seed)
+    return Offered(way, rate_per_s, max(args.window_s, longer_s), args.arrivals, args.spin_us, args.seed)
 
 
 def _grids(results: dict[str, Any]) -> list[Grid]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -179,6 +180,7 @@ def _busy_share(before: Any, after: Any) -> float:
 
 def _obey(pipe: Connection, targets: Targets, number: int, callers: int) -> None:
     """The process: connect every way there is, then do what is ordered until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to act on; its end of the pipe goes away
     try:
         ask_for_exact_timers()
         keys = np.load(targets.keys)

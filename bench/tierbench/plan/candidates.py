@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from engram_client.arena.layout import WAYS
+from engram_client.arena.layout import WAYS, ArenaGeometry
 from engram_client.errors import BadRequest
 from tierbench.corpus import Ids, Offsets
 from tierbench.hitrate.budget import BudgetRun, Disk
@@ -55,7 +55,8 @@ def dram_candidates(model: Model, distinct: int) -> list[int]:
     """Bytes: none, and then rising by a factor to all that the text asks for, or all there is."""
     slot_bytes = GIB / model.capacity_records(GIB)
     largest = min(model.table_bytes, BEYOND * distinct * slot_bytes)
-    smallest = min(largest, slot_bytes * SETS_MIN * WAYS)
+    least = ArenaGeometry(1, model.record_bytes).total_bytes
+    smallest = max(least, min(largest, slot_bytes * SETS_MIN * WAYS))
     return [0, *sorted({round(b) for b in np.geomspace(smallest, max(largest, smallest), POINTS)})]
 
 

@@ -24,17 +24,18 @@ def copy_figures(record_bytes: int) -> tuple[float, float, float] | None:
     device = torch.empty(LARGE_BYTES, dtype=torch.uint8, device="cuda")
 
     def copy(count: int) -> float:
-        return _best_s(lambda: device[:count].copy_(host[:count], non_blocking=True), torch.cuda.synchronize)
+        part, from_part = device[:count], host[:count]
+        return _median_s(lambda: part.copy_(from_part, non_blocking=True), torch.cuda.synchronize)
 
     small_s, large_s = copy(SMALL_BYTES), copy(LARGE_BYTES)
     bytes_per_s = (LARGE_BYTES - SMALL_BYTES) / max(1e-9, large_s - small_s)
     table = torch.zeros((RECORDS, record_bytes), dtype=torch.uint8, device="cuda")
     wanted, out = torch.randint(RECORDS, (RECORDS,), device="cuda"), torch.empty_like(table)
-    gather_s = _best_s(lambda: torch.index_select(table, 0, wanted, out=out), torch.cuda.synchronize)
+    gather_s = _median_s(lambda: torch.index_select(table, 0, wanted, out=out), torch.cuda.synchronize)
     return max(0.1, (small_s - SMALL_BYTES / bytes_per_s) * 1e6), bytes_per_s, gather_s / RECORDS * 1e6
 
 
-def _best_s(work: Callable[[], object], finish: Callable[[], None]) -> float:
+def _median_s(work: Callable[[], object], finish: Callable[[], None]) -> float:
     taken = []
     for _ in range(REPEATS):
         finish()

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from engram_client import Client, connect
+from engram_client.errors import BadRequest
 from tierbench.alternate import latencies_us
 from tierbench.daemon import running_daemon
 from tierbench.hitrate.model import Model
@@ -22,6 +23,7 @@ from tierbench.plan.figures import Figures
 from tierbench.plan.gpu_copy import copy_figures
 
 DRAM_BYTES = 256 << 20
+SMALL_TABLE_BYTES = 16 * DRAM_BYTES
 WARM_TOKENS = 8192  # 50 MB of V4.1's records: more than a processor's caches
 TOKENS = (1, 64)  # of the two look-ups that a line is drawn through
 HIT_CALLS, MISS_CALLS = 2000, 400
@@ -76,6 +78,11 @@ def measure(
     progress: Advance,
 ) -> Figures:
     """The figures of this machine, in little more than `disk_s`, whose seconds `progress` is told of."""
+    if model.by_rows and model.table_bytes < SMALL_TABLE_BYTES:
+        raise BadRequest(
+            f"tables of {model.table_bytes:,} bytes that are addressed by rows: the cache holds too much "
+            "of them to measure reads; give --figures of a larger one"
+        )
     random = np.random.default_rng(seed)
     with served(store, transport, DRAM_BYTES) as client:
         asker = Asker(client, model, BUSY_TOKENS)

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from engram_client.errors import BadRequest
 from tierbench.hitrate.model import Model
 from tierbench.hitrate.shown import size
@@ -26,6 +28,7 @@ from tierbench.plan.figures import Figures
 from tierbench.plan.timing import Target, Timing, in_the_way
 from tierbench.progress import count_progress
 
+STEPS_MIN = 25
 SMALL_FILE_BYTES = 8 << 30  # a host may hold a smaller one in memory
 
 
@@ -57,9 +60,8 @@ def planned(question: Question, figures: Figures, source: str) -> dict[str, Any]
     check_memory(model, budgets, tokens)
     with count_progress("replaying", tokens) as progress:
         runs = replay(model, work.stream, budgets, progress)
-    timings = [
-        Timing(steps_of(run, model, work), shape_of(model), figures, target, question.seed) for run in runs
-    ]
+    judged = [steps_of(run, model, work).full(target.step_tokens) for run in runs]
+    timings = [Timing(steps, shape_of(model), figures, target, question.seed) for steps in judged]
     plans = [
         _plan(question, each, run.told(), timing)
         for each, run, timing in zip(budgets, runs, timings, strict=True)
@@ -77,19 +79,32 @@ def planned(question: Question, figures: Figures, source: str) -> dict[str, Any]
             "tokens": int(work.stream.ids.size),
             "tokens_looked_up": tokens,
             "steps": int(work.step_ends.size),
+            "steps_judged": int(judged[0].tokens.size),
             "step_tokens_max": int(work.step_tokens.max()),
             "compulsory_share": compulsory,
         },
         "target": dataclasses.asdict(target),
         "prices": dataclasses.asdict(question.prices),
         "figures": dataclasses.asdict(figures),
-        "assumptions": _assumptions(question, figures, source),
+        "assumptions": _assumptions(question, figures, source, judged[0].tokens.size),
         "nvme_bytes": nvme_bytes(model),
         "price_all_in_dram": question.prices.of(Budgets(dram_bytes=model.table_bytes), nvme_bytes(model)),
         "plans": plans,
         "cheapest": best,
         "in_the_way": in_the_way(timings[least], target, compulsory) if best is None else [],
     }
+
+
+def check_sessions(work: Work, target: Target) -> None:
+    """Raises BadRequest where the text has too few steps with all sessions in them to judge by."""
+    full = int(np.count_nonzero(work.step_tokens >= target.step_tokens))
+    if full < STEPS_MIN:
+        documents = work.stream.document_starts.size
+        raise BadRequest(
+            f"--sessions: {full} of {work.step_ends.size} steps of this text have {target.step_tokens} "
+            f"tokens, and {STEPS_MIN} are needed to judge by: give more than its {documents} documents, or "
+            "fewer sessions"
+        )
 
 
 def least_waiting(plans: list[dict[str, Any]]) -> int:
@@ -121,7 +136,7 @@ def _plan(question: Question, budgets: Budgets, told: dict[str, Any], timing: Ti
     }
 
 
-def _assumptions(question: Question, figures: Figures, source: str) -> list[dict[str, str]]:
+def _assumptions(question: Question, figures: Figures, source: str, judged: int) -> list[dict[str, str]]:
     target = question.target
     told = [
         *figures.assumptions(source),
@@ -130,7 +145,8 @@ def _assumptions(question: Question, figures: Figures, source: str) -> list[dict
             "--tokens-per-s, --sessions, --step"),
         ("the disk may be busy", f"{target.disk_share:.0%} of the time", "--disk-share"),
         ("disks", str(target.disks), "--disks"),
-        ("the cache begins", "empty, and all steps count", "always so"),
+        ("the cache begins", "empty", "always so"),
+        ("full steps, which are judged", f"{judged:,} of {question.work.step_ends.size:,}", "the text"),
         ("a step's tables are asked", "one after another", "always so"),
         ("one engine asks", "nobody else uses daemon or disk", "always so"),
         *((f"a GiB of {t.upper()}", f"{p:g}", f"--price-{t}") for t, p in vars(question.prices).items()),

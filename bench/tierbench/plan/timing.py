@@ -9,9 +9,11 @@ A step asks each layer's table, one after another, and needs the rows before it 
     device        copies of rows to a GPU, where there is one
 
 What is left of their sum after the time that rows are asked for ahead is waiting. It is all added up, as if
-nothing overlapped; a caller who asks for all layers at once (`StepPrefetcher`) waits less. A step with fewer
-tokens than there are sessions, at the end of a text, lasts as long as a full one; a longer one, with a prompt
-in it, as much longer.
+nothing overlapped; a caller who asks for all layers at once (`StepPrefetcher`) waits less.
+
+Only full steps are judged, as a server at its target has all its sessions: at the end of a text one document
+after the other runs out, and thousands of steps of a single session would hide what the full ones wait. They
+are replayed like all others, and hit rates count them.
 """
 
 from __future__ import annotations
@@ -56,6 +58,11 @@ class Steps:
     missed: np.ndarray
     pages: np.ndarray
     held: np.ndarray
+
+    def full(self, step_tokens: int) -> Steps:
+        """Those of so many tokens or more."""
+        chosen = self.tokens >= step_tokens
+        return Steps(*(part[chosen] for part in vars(self).values()))
 
     def between(self, first: int, end: int) -> Steps:
         """Some consecutive ones."""

@@ -19,6 +19,18 @@ def forget_cached_pages(path: Path) -> None:
         os.close(fd)
 
 
+def mapped_rows(path: Path, rows: np.ndarray) -> np.ndarray:
+    """`rows` uint8 [N, row_bytes] in a file of their own that the page cache holds, mapped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        rows.tofile(file)
+        file.flush()
+        os.fsync(file.fileno())  # or it is written out while others are measured
+    mapped = np.memmap(path, np.uint8, "r", shape=rows.shape)
+    mapped._mmap.madvise(mmap.MADV_WILLNEED)  # type: ignore[attr-defined]
+    return mapped
+
+
 def memmap_rows(path: Path, offsets: np.ndarray, row_bytes: int) -> np.ndarray:
     """The rows at byte `offsets` int64 [n], uint8 [n, row_bytes], gathered from a mapping.
 
