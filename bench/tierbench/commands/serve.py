@@ -206,7 +206,7 @@ def _grids(results: dict[str, Any]) -> list[Grid]:
             rate = f"{at_least}{curve['saturation_per_s']:,.0f} calls/s of {results['rows_a_call']} rows"
             title = (
                 f"{way if name == 'ours' else WAYS[way]}: {rate} by {results['clients']} clients, "
-                f"then {curve['limit']}"
+                f"then {curve['limit']}; {found['hit_rate']:.1%} of ours in DRAM"
             )
             grids.append(Grid(title, COLUMNS, [_line(point) for point in curve["points"]]))
     return grids

@@ -23,7 +23,7 @@ from tierbench.hitrate.model import Model
 
 PART_BYTES = 512 << 10  # of one look-up's answer
 SETTLING_S = 5.0  # what a client found in shared memory is counted a little later
-COUNTERS = ("dram_hits", "dram_misses", "records_read", "nvme_pages", "nvme_bytes")
+COUNTERS = ("dram_hits", "dram_misses", "records_read", "nvme_pages", "nvme_bytes", "extent_pages")
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,7 @@ def compared(
     """Each figure, predicted and seen: counts of the whole text, times of the paced steps."""
     tokens = int(steps.tokens.sum())
     accesses = tokens * model.entries_per_token
+    pages = seen.counts["nvme_pages"] + seen.counts["extent_pages"]
     waited = np.maximum(0.0, seen.service_us - target.ahead_us).sum() / timing.period_us.sum()
     lines = [
         beside("hit rate", 1 - steps.missed.sum() / accesses, seen.counts["dram_hits"] / accesses, "points"),
@@ -137,7 +138,7 @@ def compared(
             told["records_read_per_access"] * model.entries_per_token,
             seen.counts["records_read"] / tokens,
         ),
-        beside("pages read a token", steps.pages.sum() / tokens, seen.counts["nvme_pages"] / tokens),
+        beside("pages read a token", steps.pages.sum() / tokens, pages / tokens),
         beside("share of the time spent waiting", timing.waiting_share, waited, "points"),
     ]
     for name, predicted, found in (
