@@ -50,7 +50,7 @@ def planned(question: Question, figures: Figures, source: str) -> dict[str, Any]
     """The plan; `source` says where the figures come from. Raises BadRequest for budgets that cannot be."""
     model, work, target = question.model, question.work, question.target
     tokens = work.stream.tokens
-    if question.hbm and figures.hbm_record_us is None:
+    if any(asked.bytes_of(model) for asked in question.hbm) and figures.hbm_record_us is None:
         raise BadRequest(
             "--hbm: no GPU was measured; run where there is one, or give --figures of such a run"
         )
@@ -102,8 +102,8 @@ def check_sessions(work: Work, target: Target) -> None:
         documents = work.stream.document_starts.size
         raise BadRequest(
             f"--sessions: {full} of {work.step_ends.size} steps of this text have {target.step_tokens} "
-            f"tokens, and {STEPS_MIN} are needed to judge by: give more than its {documents} documents, or "
-            "fewer sessions"
+            f"tokens or more, and {STEPS_MIN} are needed to judge by: give more text ({documents} documents are "
+            "there), or fewer sessions"
         )
 
 
