@@ -135,7 +135,7 @@ WRONG = {
     "no store": (["--tokens-per-s", 1, "--table", "absent"], "give the folder of a store"),
     "unmeasured": (["--tokens-per-s", 1, "--model", "engram-demo"], "take a packed store"),
     "few steps": (["--tokens-per-s", 1, "--table", "STORE", "--check"], "fewer than 25 say nothing"),
-    "sessions": (["--tokens-per-s", 1, "--table", "STORE", "--sessions", 21], "0 of 300 steps of this text have 21 tokens"),
+    "sessions": (["--tokens-per-s", 1, "--table", "STORE", "--sessions", 21], "0 of 300 steps"),
     "hbm": (["--tokens-per-s", 1, "--table", "STORE", "--figures", "MACHINE", "--hbm", "1GiB"], "no GPU"),
     "hbm check": (["--tokens-per-s", 1, "--table", "STORE", "--hbm", "1GiB", "--check"], "leave out --hbm"),
     "tiny": (["--tokens-per-s", 1, "--table", "STORE", "--figures", "MACHINE", "--dram", "5B"], "at least"),

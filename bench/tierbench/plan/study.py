@@ -102,8 +102,8 @@ def check_sessions(work: Work, target: Target) -> None:
         documents = work.stream.document_starts.size
         raise BadRequest(
             f"--sessions: {full} of {work.step_ends.size} steps of this text have {target.step_tokens} "
-            f"tokens or more, and {STEPS_MIN} are needed to judge by: give more text ({documents} documents are "
-            "there), or fewer sessions"
+            f"tokens or more, and {STEPS_MIN} are needed to judge by: give more text, which has {documents} "
+            "documents, or fewer sessions"
         )
 
 
