@@ -202,11 +202,12 @@ def _grids(results: dict[str, Any]) -> list[Grid]:
     for way, found in results["ways"].items():
         for name in [name for name in ("ours", "empty") if name in found]:
             curve = found[name]
+            hits = f"; {found['hit_rate']:.1%} of records were in DRAM"
             at_least = "" if curve["saturation_found"] else "at least "
             rate = f"{at_least}{curve['saturation_per_s']:,.0f} calls/s of {results['rows_a_call']} rows"
             title = (
                 f"{way if name == 'ours' else WAYS[way]}: {rate} by {results['clients']} clients, "
-                f"then {curve['limit']}; {found['hit_rate']:.1%} of ours in DRAM"
+                f"then {curve['limit']}{hits if name == 'ours' else ''}"
             )
             grids.append(Grid(title, COLUMNS, [_line(point) for point in curve["points"]]))
     return grids
