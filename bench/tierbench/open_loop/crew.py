@@ -7,7 +7,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -193,8 +193,11 @@ def _obey(pipe: Connection, targets: Targets, number: int, callers: int) -> None
                 except EOFError:
                     return
                 pipe.send(getattr(hand, what)(*arguments))
+    except BrokenPipeError:  # the parent was interrupted
+        return
     except TierstoreError as error:
-        pipe.send(error)
+        with suppress(BrokenPipeError):
+            pipe.send(error)
 
 
 class _Hand:
