@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tierbench.options import count, positive, whole
 from tierbench.record import write_record
@@ -80,14 +81,20 @@ def deliver(
 
 
 def print_grid(shown: Grid) -> None:
-    """A table on stdout, wide where that is no terminal."""
-    grid = Table(title=shown.title, title_justify="left")
+    """A table on stdout, wide where that is no terminal. Texts are shown as they are, markup and all."""
+    rows = [[Text(printable(cell)) for cell in row] for row in shown.rows]
+    grid = Table(title=Text(printable(shown.title)) if shown.title else None, title_justify="left")
     for i, column in enumerate(shown.columns):
-        grid.add_column(column, justify="right" if i else "left")
-    for row in shown.rows:
+        grid.add_column(Text(printable(column)), justify="right" if i else "left", overflow="fold")
+    for row in rows:
         grid.add_row(*row)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(grid)
+
+
+def printable(text: str) -> str:
+    """Without what would steer a terminal: a label may come from a file of somebody else's."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def rate_row(
