@@ -27,10 +27,23 @@ class Budget:
     share: float
     hit_rate: float
     node: Node
+    hbm_bytes: float = 0.0
+    extent_bytes: float = 0.0
+
+    @property
+    def key(self) -> tuple[float, float, float]:
+        return self.dram_bytes, self.hbm_bytes, self.extent_bytes
+
+    @property
+    def name(self) -> str:
+        """What it is: DRAM unless something else stands with it."""
+        others = ((self.hbm_bytes, "HBM"), (self.extent_bytes, "extent"))
+        more = [f"{size(held)} {tier}" for held, tier in others if held]
+        return " + ".join([size(self.dram_bytes) + (" DRAM" if more else ""), *more])
 
     @property
     def label(self) -> str:
-        return f"{size(self.dram_bytes)}, {percent(self.share)} of the tables"
+        return f"{self.name}, {percent(self.share)} of the tables"
 
 
 def budgets_of(record: Record) -> list[Budget]:
@@ -38,13 +51,14 @@ def budgets_of(record: Record) -> list[Budget]:
     for node in record.node.items("budgets"):
         size_bytes, share, rate = (node.number(n) for n in ("dram_bytes", "share_of_tables", "hit_rate"))
         if size_bytes is not None and share is not None and rate is not None:
-            found.append(Budget(size_bytes, share, rate, node))
-    return sorted(found, key=lambda budget: budget.dram_bytes)
+            others = (node.number(name) or 0.0 for name in ("hbm_bytes", "extent_bytes"))
+            found.append(Budget(size_bytes, share, rate, node, *others))
+    return sorted(found, key=lambda budget: budget.key)
 
 
 def kin(records: Sequence[Record]) -> list[tuple[Record, Budget]]:
     """Budgets of the latest hit-rate record, and others of earlier ones on the same trace and traffic."""
-    found: dict[float, tuple[Record, Budget]] = {}
+    found: dict[tuple[float, float, float], tuple[Record, Budget]] = {}
     of: tuple[Any, ...] | None = None
     for record in reversed(records):
         if record.name != "hitrate" or not (budgets := budgets_of(record)):
@@ -59,8 +73,8 @@ def kin(records: Sequence[Record]) -> list[tuple[Record, Budget]]:
         this = (record.node.text("model", "name"), record.node.number("model", "rows"), *numbers, *parameters)
         of = of or this
         if this == of:
-            found |= {b.dram_bytes: (record, b) for b in budgets if b.dram_bytes not in found}
-    return sorted(found.values(), key=lambda pair: pair[1].dram_bytes)
+            found |= {b.key: (record, b) for b in budgets if b.key not in found}
+    return sorted(found.values(), key=lambda pair: pair[1].key)
 
 
 def nearest_tenth(records: Sequence[Record]) -> tuple[Record, Budget] | None:
@@ -74,7 +88,11 @@ def nearest_tenth(records: Sequence[Record]) -> tuple[Record, Budget] | None:
     if not found:
         return None
     least = min(distance for distance, _, _ in found)
-    return next((r, b) for distance, r, b in reversed(found) if distance <= least + 0.005)
+    near = [
+        (record.date_utc, -distance, record, b) for distance, record, b in found if distance <= least + 0.005
+    ]
+    _, _, record, budget = max(near, key=lambda one: one[:2])
+    return record, budget
 
 
 def hit_rate_section(records: Sequence[Record]) -> Section:
@@ -104,10 +122,9 @@ def _finding(records: Sequence[Record]) -> str:
             return ""
         _, budget = found
         share = whole_percent(round(budget.share, 3))
-        words = (
-            f"{size(budget.dram_bytes)} of DRAM, {share} of the tables, answers {percent(budget.hit_rate)} "
-        )
-        words += "of look-ups"
+        memory = f"{size(budget.dram_bytes)} of DRAM"
+        memory += f" and {size(budget.hbm_bytes)} of HBM" if budget.hbm_bytes else ""
+        words = f"{memory}, {share} of the tables, answers {percent(budget.hit_rate)} of look-ups"
         bound = budget.node.number("beside", "clairvoyant", "hit_rate")
         if bound is not None and bound > 0:
             words += f"; a cache that knew the future would answer {percent(bound)}"
@@ -142,7 +159,7 @@ def _curve(records: Sequence[Record]) -> Figure | None:
 
 def _sparse_curve(records: Sequence[Record]) -> Figure | None:
     """Without a curve: the budgets that were asked for, joined, where there are two or more."""
-    pairs = [(record, budget) for record, budget in kin(records) if budget.dram_bytes > 0]
+    pairs = [(record, b) for record, b in kin(records) if b.dram_bytes > 0 and b.key[1:] == (0.0, 0.0)]
     if len(pairs) < 2:
         return None
     budgets = [budget for _, budget in pairs]
@@ -194,7 +211,7 @@ def _by_order(records: Sequence[Record]) -> Figure | None:
     for _, budget in pairs:
         rates = [budget.node.number("hit_rate_by_order", order) for order in orders]
         read = budget.node.number("disk_bytes_per_token")
-        rows.append([size(budget.dram_bytes), percent(budget.share), percent(budget.hit_rate),
+        rows.append([budget.name, percent(budget.share), percent(budget.hit_rate),
                      *("" if r is None else percent(r) for r in rates),
                      "" if read is None else size(read)])  # fmt: skip
     columns = ["budget", "of the tables", "all", *(f"{order}-grams" for order in orders), "disk a token"]

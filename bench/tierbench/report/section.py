@@ -10,6 +10,8 @@ from tierbench.report.charts import Chart, RatioChart
 from tierbench.report.markup import Child, Markup, join_with, prose, tag
 from tierbench.report.svg import line_chart, ratio_chart
 
+FILE_SHOWN_MAX = 44  # characters of a record's name, which is not broken over lines
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -103,7 +105,8 @@ def cited(records: Iterable[Record]) -> Markup:
 
 
 def reference(record: Record) -> Markup:
-    return tag("a", record.file, href=f"#{anchor(record)}")
+    name = record.file if len(record.file) <= FILE_SHOWN_MAX else record.file[: FILE_SHOWN_MAX - 1] + "…"
+    return tag("a", name, href=f"#{anchor(record)}")
 
 
 def anchor(record: Record) -> str:

@@ -107,6 +107,58 @@ def test_gpu_sections_bring_their_own_bars(tmp_path: Path) -> None:
     assert "On the GPU" in page.text and "make bench-gpu" not in page.text
 
 
+def plan_results(best: int | None) -> dict[str, Any]:
+    plans = [
+        {"dram_bytes": (1 << 30) * 4**i, "hbm_bytes": 0, "extent_bytes": 0, "price": 3.5 * 4**i,
+         "hit_rate": 0.6 + i / 10, "waiting_share": 0.04 / 4**i, "disk_share": 0.3, "fetch_us": {"p99": 9.0},
+         "meets": i >= 1}
+        for i in range(3)
+    ]  # fmt: skip
+    lines = [{"what": "hit rate", "predicted": 0.61, "seen": 0.6, "error": 1.0, "unit": "points"},
+             {"what": "pages", "predicted": 5.5, "seen": 5.0, "error": 0.1, "unit": "share"}]  # fmt: skip
+    return {"plans": plans, "cheapest": best, "price_all_in_dram": 700.0, "in_the_way": ["the disk"],
+            "target": {"tokens_per_s": 5000.0, "waiting_share": 0.02},
+            "assumptions": [{"what": "disks", "value": "1", "from": "--disks"}],
+            "check": {"dram_bytes": 1 << 32, "lines": lines}}  # fmt: skip
+
+
+def test_the_plan_is_told_and_checked(tmp_path: Path) -> None:
+    written(tmp_path, record_of("plan", plan_results(1)))
+    page = sound(report(tmp_path, tmp_path))
+    assert f"4{NBSP}GiB of DRAM is the cheapest of 3 budgets" in page.text and "✓ cheapest" in page.text
+    assert "--disks" in page.text and "+1.00 points" in page.text and "+10.0 %" in page.text
+    written(tmp_path, record_of("plan", plan_results(None)))
+    assert "None of 3 budgets" in sound(report(tmp_path, tmp_path)).text
+
+
+def serve_results() -> dict[str, Any]:
+    def curve(slow: float) -> dict[str, Any]:
+        points = [
+            {"offered_per_s": 1000.0 * 2**i, "verdict": "kept" if i < 4 else "saturated",
+             "latency_us": {"p50": slow * (1 + i), "p99": slow * 3 * (1 + i), "p99.9": slow * 9 * (1 + i)}}
+            for i in range(5)
+        ]  # fmt: skip
+        return {
+            "saturation_per_s": 8000.0,
+            "saturation_found": True,
+            "limit": "all busy",
+            "points": points,
+        }
+
+    return {
+        "ways": {"shared memory": {"ours": curve(4.0)}, "tcp": {"ours": curve(400.0), "empty": curve(300.0)}}
+    }
+
+
+def test_load_is_drawn_up_to_saturation(tmp_path: Path) -> None:
+    written(tmp_path, record_of("serve", serve_results()))
+    page = sound(report(tmp_path, tmp_path))
+    assert "Throughput against latency, tcp" in page.text and "an empty service, p99" in page.text
+    assert f"saturation 8.00{NBSP}k/s" in page.text and "all busy" in page.text
+    assert "Latency under load" in page.text and f"tcp, 4.00{NBSP}k calls/s" in page.text
+    assert f"16.0{NBSP}k" not in page.text  # the rate that was not kept has no latency to speak of
+
+
 HOSTILE = "</td><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)>\u202e\x00`a`"
 
 
@@ -139,12 +191,12 @@ def test_texts_of_records_are_never_markup(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["text", -1.0, 0, [], {}, [[1]], True, None, 1e299, [{"points": 1}]])
 def test_no_shape_of_results_ends_in_a_traceback(tmp_path: Path, value: Any) -> None:
     """Each part of each committed record replaced, one level at a time, by what does not belong there."""
-    latest = {p.name.partition("-")[0]: p for p in sorted(RESULTS.glob("*.json"))}
-    for depth in (1, 2, 3):
-        for path in latest.values():
-            record = json.loads(path.read_text())
-            record["results"] = _replaced(record["results"], depth, value)
-            written(tmp_path, record, path.name)
+    latest = {p.name.partition("-")[0]: json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))}
+    latest |= {"plan": record_of("plan", plan_results(1)), "load": record_of("serve", serve_results())}
+    for depth in (1, 2, 3, 4):
+        for name, record in latest.items():
+            changed = record | {"results": _replaced(record["results"], depth, value)}
+            written(tmp_path, changed, f"{name}.json")
         sound(report(tmp_path, tmp_path))
 
 
