@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
-from rich.console import Console
 
+from tierbench.progress import count_progress
 from tierbench.record import compare
 
 Sample = TypeVar("Sample")
@@ -24,14 +22,12 @@ def alternate(
     """Call every contender once a window, in turned order; samples by name, window after window."""
     names = list(contenders)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
-    console = Console(stderr=True)
-    with console.status(label) if sys.stderr.isatty() else nullcontext() as status:
+    with count_progress(label, windows * len(names)) as progress:
         for window in range(windows):
-            if status is not None:
-                status.update(f"{label}: window {window + 1} of {windows}")
             turn = window % len(names)
             for name in names[turn:] + names[:turn]:
                 samples[name].append(contenders[name]())
+                progress(1)
     return samples
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from engram_client.errors import StorageError
 from tierbench.prepared import PreparedTable, packed_tables
-from tierbench.progress import byte_progress
+from tierbench.progress import byte_progress, stage
 from tierbench.sharded import LAYOUT_NAME, ShardedTable
 
 NOTE_NAME = "packed.json"
@@ -39,7 +39,8 @@ def consumed_table(folder: Path, table: ShardedTable) -> tuple[PreparedTable, di
         if not (home / "store" / "packing").exists():  # else shards may be gone already
             with byte_progress("making the checkpoint", table.planned_bytes()) as progress:
                 layout = table.write(checkpoint, progress)
-        figures = _pack(checkpoint, store, layout)
+        with stage("packing, and removing what is packed"):
+            figures = _pack(checkpoint, store, layout)
         note.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(checkpoint)  # what is left: a tokenizer, and notes about files that are gone
     ((spec, row_file),) = packed_tables(store)

@@ -12,6 +12,7 @@ from engram_client.errors import BadRequest
 from engram_client.spec import TableSpec
 from tierbench.checkpoint import installed_tokenizer
 from tierbench.corpus import Ids, Offsets, load_trace, save_trace, stdlib_text, tokenize_corpus
+from tierbench.progress import stage
 
 BYTES_PER_TOKEN = 5  # more than Python sources have
 
@@ -27,7 +28,8 @@ def text_keys(folder: Path, spec: TableSpec, tokens: int | None = None) -> np.nd
     ids, off = _trace(folder, tokenizer, tokens)
     mapping = NgramHashMapping.from_scheme(spec.scheme, CompressedTokenizer(tokenizer))
     layer = spec.scheme.layer_id
-    parts = [mapping.ngram_keys(ids[a:b], layer) for a, b in pairwise(off.tolist()) if b > a]
+    with stage("hashing"):
+        parts = [mapping.ngram_keys(ids[a:b], layer) for a, b in pairwise(off.tolist()) if b > a]
     keys = np.concatenate(parts)
     if tokens is not None and len(keys) < tokens:
         raise BadRequest(f"the standard library has {len(keys)} tokens here, {tokens} were asked for")
@@ -43,5 +45,6 @@ def _trace(folder: Path, tokenizer: Path, tokens: int | None) -> tuple[Ids, Offs
             text = stdlib_text(min_bytes)
         except BadRequest:  # so many bytes are not there, but perhaps so many tokens
             text = stdlib_text()
-        save_trace(path, *tokenize_corpus(tokenizer, text))
+        with stage("reading the standard library's text"):
+            save_trace(path, *tokenize_corpus(tokenizer, text))
     return load_trace(path)

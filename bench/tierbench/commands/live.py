@@ -18,6 +18,7 @@ from typing import Any
 from tierbench.delivery import add_delivery_arguments, deliver
 from tierbench.options import byte_size, count, count_list, positive, whole
 from tierbench.prepared import prepared_table
+from tierbench.progress import stage
 from tierbench.resizing import BUSY, GROW, QUIET, SHRINK, Resizing, resize_daemon, resize_in_process
 from tierbench.restarting import Restarting, warm_restart
 from tierbench.text_keys import text_keys
@@ -59,13 +60,17 @@ def run(args: argparse.Namespace) -> int:
             prepared = prepared_table(args.dir, args.resize_rows_per_head)
             for threads in args.threads:
                 how = _resizing(args, threads)
-                results[f"in_process_threads_{threads}"] = resize_in_process(prepared, scratch / "local", how)
-                results[f"daemon_threads_{threads}"] = resize_daemon(prepared, scratch / "daemon", how)
+                with stage(f"resizing in this process under {threads} threads"):
+                    found = resize_in_process(prepared, scratch / "local", how)
+                results[f"in_process_threads_{threads}"] = found
+                with stage(f"resizing a daemon under {threads} threads"):
+                    results[f"daemon_threads_{threads}"] = resize_daemon(prepared, scratch / "daemon", how)
         if "restart" in (args.part or PARTS):
             prepared = prepared_table(args.dir, args.rows_per_head)
             keys = text_keys(args.dir, prepared.spec, args.tokens)
             how_restarted = Restarting(args.dram_bytes, keys, args.probe_tokens, args.batch_tokens)
-            results["restart"] = warm_restart(prepared, scratch, how_restarted)
+            with stage("restarting daemons"):
+                results["restart"] = warm_restart(prepared, scratch, how_restarted)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return deliver("live", args, results, _lines(results), ("", "found", "without a resize", "bar"))

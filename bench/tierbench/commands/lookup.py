@@ -26,6 +26,7 @@ from tierbench.filled_arena import FilledArena, filled_arena
 from tierbench.hits import Callers, WarmTable, arena_figures, latency, row_batches, scaling, throughput
 from tierbench.options import byte_size, count, count_list, fraction
 from tierbench.prepared import prepared_table
+from tierbench.progress import stage
 from tierbench.resident import HugePageBytes, huge_page_bytes, resident_rows
 from tierbench.yardsticks.index_select import index_select_steps
 
@@ -65,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
         raise BadRequest("--fill lies in (0, 1], and --warm-tokens is at least --tokens")
     prepared = prepared_table(args.dir, args.rows_per_head)
     rows = max(1, int(args.arena_bytes * args.fill) // ROW_BYTES)
-    resident = resident_rows(rows, ROW_BYTES, args.seed)
+    with stage("filling memory with the resident table"):
+        resident = resident_rows(rows, ROW_BYTES, args.seed)
     ids = row_batches(resident, BATCHES_MAX, args.tokens * ROWS_A_TOKEN, args.seed)
     beside = Beside(resident, ids, args.dir / "beside-scratch", args.engramdb_bytes, args.lmdb_rows)
     try:
@@ -119,7 +121,8 @@ def _arena(
     rows_per_record: int,
 ) -> dict[str, Any]:
     """Throughput of a batch and latency of one token, straight from an arena."""
-    filled = filled_arena(args.arena_bytes, record_bytes, orders, args.fill, args.seed)
+    with stage("filling an arena"):
+        filled = filled_arena(args.arena_bytes, record_bytes, orders, args.fill, args.seed)
     records = args.tokens * ROWS_A_TOKEN // rows_per_record
     batches = filled.batches(records // orders, BATCHES_MAX)
     filled.check(batches[0])

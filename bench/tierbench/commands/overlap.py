@@ -34,6 +34,7 @@ from tierbench.overlap.model import HEAD_WIDTH, Shape, Transformer
 from tierbench.overlap.setting import LAYERS, Service, Setting, make_setting, running_services
 from tierbench.overlap.sources import InTheLayer, Prefetched, Resident, Source
 from tierbench.overlap.windows import run_windows
+from tierbench.progress import stage
 from tierbench.record import summarize
 
 MODEL_LAYERS = 8
@@ -92,8 +93,9 @@ def run(args: argparse.Namespace) -> int:
     threads_before = torch.get_num_threads()
     try:
         with running_services(setting, args.transport, ("ahead", "in-layer"), dram_bytes) as services:
-            for service in services.values():
-                service.read(setting.mapping, setting.text[: args.warm_tokens].reshape(1, -1))
+            with stage("filling DRAM"):
+                for service in services.values():
+                    service.read(setting.mapping, setting.text[: args.warm_tokens].reshape(1, -1))
             sizes = [_measure(args, setting, resident, services, size, dram_bytes) for size in _sizes(args)]
     finally:
         torch.set_num_threads(threads_before)

@@ -39,6 +39,7 @@ from tierbench.policy.traces import (
     with_scans,
     zipf_trace,
 )
+from tierbench.progress import count_progress
 
 ARRANGEMENTS = ("in-order", "shuffled", "sessions", "scans")
 SESSIONS = 16
@@ -97,11 +98,14 @@ def run(args: argparse.Namespace) -> int:
     for make in (*_texts(args), *_made_up(args)):
         trace = make()
         found = trace_facts(trace) | {"sizes": []}
-        for capacity in sizes_for(trace, args.shares, args.sizes):
-            judged = judge(trace, capacity, args.policies)
-            if args.hint_tokens:
-                judged["hints"] = judge_hints(trace, capacity, args.hint_tokens * ACCESSES_A_TOKEN)
-            found["sizes"].append(judged)
+        sizes = sizes_for(trace, args.shares, args.sizes)
+        with count_progress(trace.name, len(sizes)) as progress:
+            for capacity in sizes:
+                judged = judge(trace, capacity, args.policies)
+                if args.hint_tokens:
+                    judged["hints"] = judge_hints(trace, capacity, args.hint_tokens * ACCESSES_A_TOKEN)
+                found["sizes"].append(judged)
+                progress(1)
         results["traces"].append(found)
         print(f"{trace.name}: {trace.ids.size} accesses, {trace.distinct} records", file=sys.stderr)
     columns = ("trace", "records", *args.policies, "ahead")

@@ -26,6 +26,7 @@ from tierbench.consumed import consumed_table
 from tierbench.delivery import add_common_arguments, deliver
 from tierbench.hits_beside import HotCalls
 from tierbench.options import byte_size, count, fraction
+from tierbench.progress import stage
 from tierbench.record import compare, summarize
 from tierbench.sharded import ShardedTable
 from tierbench.timed_store import TimedStore, linked_store
@@ -104,10 +105,11 @@ def _warm(args: argparse.Namespace, stores: dict[str, TimedStore]) -> np.ndarray
     orders = stores[LARGE].orders
     tokens = max(args.batch_tokens, int(capacity * args.fill) // orders)
     known = np.random.default_rng(args.seed).integers(0, 2**63 - 1, (tokens, orders), np.int64)
-    for store in stores.values():
-        store.make_warm(known)
-    for store in stores.values():
-        known = store.whole_tokens(known)
+    with stage("filling DRAM"):
+        for store in stores.values():
+            store.make_warm(known)
+        for store in stores.values():
+            known = store.whole_tokens(known)
     if len(known) < args.batch_tokens:
         raise BadRequest(
             f"{len(known)} tokens stayed in DRAM, a batch has {args.batch_tokens}; raise --dram-bytes"

@@ -30,6 +30,7 @@ from tierbench.hits import LATENCY_CALLS, WarmTable
 from tierbench.one_sided import stress
 from tierbench.options import byte_size, count
 from tierbench.prepared import prepared_table
+from tierbench.progress import count_progress, stage
 from tierbench.record import compare, summarize
 
 LAYERS = 2  # V4.1: a token is one n-gram of three orders at each of two layers
@@ -61,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
             results["daemon_memory_bytes"] = daemon.memory_bytes()
         with running_daemon(copies[1], dram_bytes=args.small_dram_bytes) as daemon:
             results["token_beside_evictions"] = _beside_evictions(args, daemon.unix)
-    results["stress"] = asdict(stress(args.stress_reads, STRESS_TIMEOUT_S))
+    with stage("reading while another thread writes"):
+        results["stress"] = asdict(stress(args.stress_reads, STRESS_TIMEOUT_S))
     if results["stress"]["wrong"]:
         raise DataCorrupt(f"one-sided reads went wrong: {results['stress']}")
     return deliver("shm", args, results, _lines(results))
@@ -133,10 +135,12 @@ def _beside_evictions(args: argparse.Namespace, unix: str) -> dict[str, Any]:
     with ExitStack() as stack:
         client, other = (stack.enter_context(client_process(unix, *sizes, args.seed + i)) for i in (0, 9))
         parts, read = [], 0
+        progress = stack.enter_context(count_progress("tokens beside evictions", args.windows))
         for _ in range(args.windows):
             other.order("read strangers")
             parts.append(client.ask("latency", LATENCY_CALLS))
             read += other.ask("enough")
+            progress(1)
     return {**summarize(np.concatenate(parts)), "ngrams_read_meanwhile": read}
 
 

@@ -31,6 +31,7 @@ from tierbench.machine import describe_machine
 from tierbench.options import byte_size, count, not_negative, positive, whole
 from tierbench.prepared import PreparedTable
 from tierbench.process_memory import ProcessMemory, maps_library, proportional_bytes
+from tierbench.progress import clock
 from tierbench.record import summarize
 from tierbench.sharded import ShardedTable
 from tierbench.soak_caller import WAIT_S, Caller, Calls, run_caller
@@ -137,10 +138,11 @@ def _soak(
         theirs.close()  # so that a caller that dies is noticed
         running.append((process, ours))
     started, looks = time.perf_counter(), []
-    while any(process.is_alive() and not ours.poll() for process, ours in running):
-        at_s = time.perf_counter() - started
-        looks.append(Look(at_s, ProcessMemory.of(daemon.process.pid), client.stats()))
-        time.sleep(max(0.0, args.look_period_s - (time.perf_counter() - started - at_s)))
+    with clock(f"{args.callers} callers look up", args.duration_s):
+        while any(process.is_alive() and not ours.poll() for process, ours in running):
+            at_s = time.perf_counter() - started
+            looks.append(Look(at_s, ProcessMemory.of(daemon.process.pid), client.stats()))
+            time.sleep(max(0.0, args.look_period_s - (time.perf_counter() - started - at_s)))
     return looks, [_received(process, ours) for process, ours in running]
 
 
