@@ -16,6 +16,7 @@ from rich.text import Text
 
 from tierbench.options import count, positive, whole
 from tierbench.record import write_record
+from tierbench.records import printable
 
 DEFAULT_COLUMNS = ("", "tierstore", "yardstick", "ratio", "spread", "bar")
 DATA_FOLDER = Path(".bench")
@@ -90,11 +91,6 @@ def print_grid(shown: Grid) -> None:
         grid.add_row(*row)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(grid)
-
-
-def printable(text: str) -> str:
-    """Without what would steer a terminal: a label may come from a file of somebody else's."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def rate_row(

@@ -10,7 +10,6 @@ place that it found wanting.
 from __future__ import annotations
 
 import json
-import math
 import stat
 from collections.abc import Iterable, Iterator
 from datetime import datetime
@@ -23,7 +22,7 @@ from engram_client.errors import FormatError, StorageError, TierstoreError
 from tierbench.record import SCHEMA_NAME, SCHEMA_VERSION
 
 RECORD_BYTES_MAX = 8 << 20
-RECORDS_MAX = 2000  # in one folder
+RECORDS_MAX, ALL_BYTES_MAX = 2000, 256 << 20  # in one folder, and of all that are read at once
 TEXT_MAX, NAME_MAX = 10_000, 200  # characters of one string, of a member's name
 DATE = "%Y-%m-%dT%H:%M:%SZ"
 Name = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9][a-z0-9.-]{0,79}\Z")]
@@ -92,6 +91,13 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 def load_record(path: Path) -> Record:
     """The record in `path`. StorageError: it cannot be read; FormatError: it is no record."""
+    try:
+        return _load(path)
+    except FormatError as error:
+        raise FormatError(printable(str(error))) from error
+
+
+def _load(path: Path) -> Record:
     raw = _read(path)
     try:
         head = msgspec.json.decode(raw, type=_Head)
@@ -182,11 +188,18 @@ def find_records(places: Iterable[Path]) -> list[Path]:
 def load_all(paths: Iterable[Path]) -> tuple[list[Record], list[str]]:
     """Records by date, the latest last, and why the others could not be read."""
     records, refused = [], []
+    total_bytes = 0
     for path in paths:
         try:
-            records.append(load_record(path))
-        except TierstoreError as error:
-            refused.append(str(error))
+            record = load_record(path)
+            total_bytes += path.stat().st_size
+            if total_bytes > ALL_BYTES_MAX:
+                raise FormatError(
+                    f"{path}: with it the records have over {ALL_BYTES_MAX:,} bytes; name fewer"
+                )
+            records.append(record)
+        except (TierstoreError, OSError) as error:
+            refused.append(printable(str(error)))
     return sorted(records, key=lambda record: (record.date_utc, record.path)), refused
 
 
@@ -244,8 +257,9 @@ class Node:
 
     def _wrong(self, place: str, expected: str, got: Any) -> FormatError:
         kind = "nothing" if got is None else f"{type(got).__name__} {json.dumps(got)[:40]}"
-        return FormatError(f"{self.path}: {place}: expected {expected}, got {kind}")
+        return FormatError(printable(f"{self.path}: {place}: expected {expected}, got {kind}"))
 
 
-def finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def printable(text: str) -> str:
+    """Without what would steer a terminal: a label may come from a file of somebody else's."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)

@@ -28,9 +28,9 @@ from tierbench.comparison.verdict import (
     Comparison,
     compare_records,
 )
-from tierbench.delivery import Grid, print_grid, printable
+from tierbench.delivery import Grid, print_grid
 from tierbench.options import not_negative
-from tierbench.records import Record, find_records, load_all, load_record
+from tierbench.records import Record, find_records, load_all, load_record, printable
 from tierstore.cli import FOUND_PROBLEM, OK
 
 SIGNS = {BETTER: "+ better", WORSE: "- worse", CHANGED: "! changed", WITHIN: "within", BESIDE: "beside"}

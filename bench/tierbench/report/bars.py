@@ -16,6 +16,7 @@ from tierbench.report.shown import NBSP, percent, size, three_digits, tidy, time
 
 MET, MISSED, NOT_JUDGED, NOT_MEASURED = "met", "missed", "not judged", "not measured"
 GIB = 1 << 30
+BARS_MAX = 60  # of one GPU section
 Show = Callable[[float], str]
 
 
@@ -232,7 +233,7 @@ def _gpu(records: Sequence[Record]) -> list[Judged]:
     for name, record in latest_of.items():
         group = f"GPU, {name.removeprefix('gpu-').replace('-', ' ')}"
         try:
-            for bar in record.node.items("bars"):
+            for bar in record.node.items("bars")[:BARS_MAX]:
                 value = bar.at("figure")
                 figure = three_digits(value.value) if value and isinstance(value.value, int | float) else ""
                 verdict = bar.text("verdict") or ""

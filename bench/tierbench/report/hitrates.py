@@ -15,6 +15,7 @@ from tierbench.report.shown import count, percent, size, three_digits, whole_per
 
 POLICIES = (("tierstore", "tierstore", 0), ("lru", "LRU", 1), ("sieve", "SIEVE", 2),
             ("clairvoyant", "clairvoyant bound", 3))  # fmt: skip
+BUDGETS_MAX = 200  # of one record
 CURVE_COMMAND = "tierbench hitrate TEXT --model deepseek-v4.1 --dram 10% --curve --record bench/results"
 COMMAND = "tierbench hitrate TEXT --model deepseek-v4.1 --dram 10% --record bench/results"
 
@@ -48,7 +49,7 @@ class Budget:
 
 def budgets_of(record: Record) -> list[Budget]:
     found = []
-    for node in record.node.items("budgets"):
+    for node in record.node.items("budgets")[:BUDGETS_MAX]:
         size_bytes, share, rate = (node.number(n) for n in ("dram_bytes", "share_of_tables", "hit_rate"))
         if size_bytes is not None and share is not None and rate is not None:
             others = (node.number(name) or 0.0 for name in ("hbm_bytes", "extent_bytes"))

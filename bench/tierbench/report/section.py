@@ -10,6 +10,7 @@ from tierbench.report.charts import Chart, RatioChart
 from tierbench.report.markup import Child, Markup, join_with, prose, tag
 from tierbench.report.svg import line_chart, ratio_chart
 
+ROWS_MAX = 200  # of a table: a record that holds more costs its own figure, not the page
 FILE_SHOWN_MAX = 44  # characters of a record's name, which is not broken over lines
 
 
@@ -91,7 +92,7 @@ def table_of(columns: Sequence[str], rows: Iterable[Sequence[Child]], caption: s
     body = (
         tag("tr", *(tag("td", cell, class_="number") if i else tag("th", cell, scope="row")
                     for i, cell in enumerate(row)))
-        for row in rows
+        for row in list(rows)[:ROWS_MAX]
     )  # fmt: skip
     caption_ = tag("caption", caption, class_="unseen")
     table = tag("table", caption_, tag("thead", head), tag("tbody", *body), class_="numbers")

@@ -29,6 +29,7 @@ SHAPES = (
     "M-4.4-3.4H4.4L0 4.6z",  # triangle on its head
     "M-4-1.3h2.7V-4h2.6v2.7H4v2.6H1.3V4h-2.6V1.3H-4z",  # cross
 )
+POINTS_MAX, MARKERS_MAX, RATIOS_MAX = 400, 40, 100  # drawn, of as many as there are
 RATIO_TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -102,8 +103,9 @@ def _curves(chart: Chart) -> Markup:
     paths = []
     for series in reversed(chart.series):  # the product's lies on top
         points = " ".join(
-            f"{INNER * _x(chart, x) / 100:.1f} {(_y(chart, y) - TOP_PX) / height * INNER:.1f}"
-            for x, y in zip(series.xs, series.ys, strict=True)
+            f"{INNER * _x(chart, series.xs[i]) / 100:.1f} "
+            f"{(_y(chart, series.ys[i]) - TOP_PX) / height * INNER:.1f}"
+            for i in thinned(len(series.xs), POINTS_MAX)
         )
         paths.append(tag("path", d=f"M{points}", class_=f"line s{series.style % STYLES}"))
     return tag(
@@ -114,7 +116,7 @@ def _curves(chart: Chart) -> Markup:
 
 def _markers(chart: Chart, series: Series) -> Markup:
     style = series.style % STYLES
-    which = range(len(series.xs)) if series.markers else thinned(len(series.xs))
+    which = thinned(len(series.xs), MARKERS_MAX if series.markers else 7)
     dots = (
         tag("svg", tag("path", d=SHAPES[style]), x=f"{_x(chart, series.xs[i]):.2f}%",
             y=f"{_y(chart, series.ys[i]):.1f}", overflow="visible")
@@ -156,7 +158,7 @@ def ratio_chart(chart: RatioChart) -> Markup:
             tag("td", tag("b", ratio_told(row.median)), tag("small", _spread(row)), class_="number"),
             tag("td", *_verdict(row), class_="number"),
         )
-        for row in chart.rows
+        for row in chart.rows[:RATIOS_MAX]
     )  # fmt: skip
     caption = tag("caption", chart.description, class_="unseen")
     return tag("table", caption, head, tag("tbody", *rows), class_="ratios")

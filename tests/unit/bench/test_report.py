@@ -208,6 +208,29 @@ def _replaced(found: Any, depth: int, value: Any) -> Any:
     return [_replaced(v, depth - 1, value) for v in found] if isinstance(found, list) else value
 
 
+def test_a_record_of_endless_lists_costs_its_own_figures_only(tmp_path: Path) -> None:
+    points = [
+        {"dram_bytes": 1e6 + i, "share_of_tables": 0.1, "tierstore": {"hit_rate": 0.5}} for i in range(20_000)
+    ]
+    budgets = [{"dram_bytes": 1e6 + i, "share_of_tables": 0.1, "hit_rate": 0.5} for i in range(2_000)]
+    plans = [{"dram_bytes": 1e6 + i, "waiting_share": 0.1, "hbm_bytes": i} for i in range(2_000)]
+    bars = [{"what": "w" * 300, "bar": ">= 1", "figure": 1.0, "verdict": "met"} for _ in range(2_000)]
+    written(tmp_path, record_of("hitrate", {"budgets": budgets, "curve": {"points": points}}), "a.json")
+    written(tmp_path, record_of("plan", {"plans": plans, "assumptions": plans}), "b.json")
+    written(tmp_path, record_of("gpu-hits", {"bars": bars}), "c.json")
+    assert len(report(tmp_path, tmp_path).encode()) < PAGE_BYTES_MAX / 4
+
+
+def test_names_of_files_and_members_cannot_steer_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path, cold(0.95))
+    written(tmp_path, record_of("cold", {"\x1b]0;title\x07": {"a": "x" * 20_000}}), "\x1b[31mred.json")
+    report(tmp_path, tmp_path, code=1)
+    captured = capsys.readouterr()
+    assert "a text of 20,000 characters" in captured.err and "\x1b" not in captured.err + captured.out
+
+
 def test_refused_files_are_named_and_change_the_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
