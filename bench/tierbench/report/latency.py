@@ -9,7 +9,7 @@ from tierbench.records import Node, Record
 from tierbench.report.bars import latest
 from tierbench.report.charts import Chart, Mark, Series, log_axis, nines_axis
 from tierbench.report.section import Figure, Section
-from tierbench.report.shown import count, time_us
+from tierbench.report.shown import count, tidy, time_us
 
 PERCENTILES = (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99), ("p99.9", 0.999), ("p99.99", 0.9999))
 LOAD_PERCENTILES = ("p50", "p99", "p99.9")
@@ -130,7 +130,7 @@ def _at_seven_tenths(record: Record, ways: Sequence[tuple[str, Node, Node | None
         points = percentiles(below[-1][1]) if below else []
         if len(points) < 2:
             continue
-        name = f"{way}, {count(below[-1][0])} calls/s"
+        name = f"{way}, {tidy(count(below[-1][0]))} calls/s"
         series.append(Series(name, [q for q, _ in points], [v for _, v in points], len(series), markers=True))
         rows.append([name, *_told(below[-1][1])])
     if not series:
@@ -159,7 +159,7 @@ def _load_curve(record: Record, number: int, way: str, ours: Node, empty: Node |
         log_axis("calls a second, all callers", rates, count),
         log_axis("latency from when the call was due", [y for s in drawn for y in s.ys], time_us, whole=True),
         drawn,
-        [Mark(f"{words} {count(saturation)}/s", x=saturation)] if saturation else [],
+        [Mark(f"{words} {tidy(count(saturation))}/s", x=saturation)] if saturation else [],
     )
     limit = ours.text("limit")
     quoted = f"What ends it: {limit}." if limit else ""

@@ -52,7 +52,7 @@ def _finding(record: Record, plans: Sequence[Node]) -> str:
     rate, waiting = node.number("target", "tokens_per_s"), node.number("target", "waiting_share")
     if rate is None or waiting is None:
         return ""
-    asked = f"{count(rate)} tokens a second with at most {whole_percent(waiting)}{SHARE}"
+    asked = f"{tidy(count(rate))} tokens a second with at most {whole_percent(waiting)}{SHARE}"
     if best is None or not 0 <= best < len(plans):
         found = [item.value for item in node.items("in_the_way") if isinstance(item.value, str)][:3]
         return f"None of {len(plans)} budgets gives {asked}. " + " ".join(found)

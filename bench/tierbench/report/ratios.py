@@ -21,7 +21,8 @@ def _ratio(
     if node is None:
         return
     median, low, high = (node.number(name) for name in ("ratio_median", "ratio_min", "ratio_max"))
-    against = node.text("yardstick_name") or against
+    named = node.text("yardstick_name")
+    against = named if named and named != "empty" else against
     if median is not None and low is not None and high is not None and min(median, low, high) > 0:
         yield Ratio(label, against, median, low, high, bar, larger, source)
 
