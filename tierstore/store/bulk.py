@@ -46,6 +46,10 @@ class BulkReads:
         self._direct: list[PageReader] = []
         self._making = threading.Lock()
 
+    def using(self, config: Hbm) -> BulkReads:
+        """The same store's with other settings, the caller's to close; for benchmarks."""
+        return BulkReads(self._reader, config, self._counters, self._gate, self._table)
+
     def read(
         self,
         name: str,
