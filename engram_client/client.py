@@ -133,6 +133,14 @@ class Client:
         """
         return self._transport.set_dram_budget(budget_bytes)
 
+    def set_hbm_budget(self, budget_bytes: int) -> int:
+        """Change what the service takes of device memory, in bytes, 0 for none; the budget then in force.
+
+        Its arena begins anew, empty, and is filled again in the background. Over a daemon's unix socket only.
+        Raises ConfigError for a budget that cannot be had, BadRequest over TCP.
+        """
+        return self._transport.set_hbm_budget(budget_bytes)
+
     def close(self) -> None:
         """Cancel what has not begun, wait for the rest, disconnect; idempotent."""
         self._close()

@@ -231,6 +231,11 @@ class Table:
         return self._transport.prefetch(_kept(self._by_ngrams(ngram_keys, None)).request)
 
     @property
+    def transport(self) -> Transport:
+        """The way to its rows; for what builds on a table."""
+        return self._transport
+
+    @property
     def fills_devices(self) -> bool:
         """Whether `fill_device` can be called: over "local:", for rows that fit a page."""
         return isinstance(self._transport, FillsDevices) and self.spec.row_bytes <= PAGE_PAYLOAD_BYTES

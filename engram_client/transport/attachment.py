@@ -8,6 +8,7 @@ under a kernel, and the last one to let go of it unmaps.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterable
 
 import numpy as np
@@ -29,6 +30,7 @@ from engram_client.arena.mapping import SharedMapping
 from engram_client.transport.handoff import (
     CONTROL_BYTES,
     FIXED_DESCRIPTORS,
+    HbmNote,
     Layout,
     NoSharedMemory,
     RegionNote,
@@ -57,6 +59,21 @@ class MappedRegion:
             geometry.slot_bytes,
             note.number % TOUCH_REGIONS << TOUCH_REGION_SHIFT,
         )
+
+
+class OfferedHbm:
+    """An arena in device memory, to be opened by who wants it; a descriptor of it is kept meanwhile."""
+
+    def __init__(self, note: HbmNote, descriptors: list[int]) -> None:
+        """Raises OSError, NoSharedMemory."""
+        self.note = note
+        self.descriptor: int | None = None
+        if note.descriptor is None:
+            return
+        if note.descriptor >= len(descriptors):
+            raise NoSharedMemory("its file descriptors did not come along; may this process open more files?")
+        self.descriptor = os.dup(descriptors[note.descriptor])
+        weakref.finalize(self, os.close, self.descriptor).atexit = False
 
 
 def _mapped(descriptor: int, size_bytes: int) -> SharedMapping:
@@ -111,8 +128,17 @@ class Attachment:
             )
             for arena in layout.arenas
         }
+        self._hbm = {note.record_bytes: OfferedHbm(note, descriptors) for note in layout.hbm}
         self._tables = {(table.name, table.generation): table for table in layout.tables}
         self._views: dict[ViewKey, View | None] = {}
+
+    def hbm_offer(self, name: str, generation: str) -> tuple[HbmNote, int | None, int] | None:
+        """The daemon's arena in device memory with a table's records, as `OffersHbm` tells it."""
+        table = self._tables.get((name, generation))
+        offered = self._hbm.get(table.entry_bytes) if table is not None else None
+        if table is None or offered is None or table.addressing != "record":
+            return None
+        return offered.note, offered.descriptor, table.number
 
     def view(self, key: ViewKey) -> View | None:
         """How to look up these things here; None where the daemon serves no such table that way."""

@@ -134,6 +134,9 @@ class Transport(Protocol):
     def set_dram_budget(self, budget_bytes: int) -> int:
         """Change the service's DRAM budget while it serves; returns the budget in force, in bytes."""
 
+    def set_hbm_budget(self, budget_bytes: int) -> int:
+        """As `set_dram_budget`, for the service's own arena in device memory; 0 for none."""
+
     def close(self) -> None:
         """Release connections; waiting calls raise Cancelled or Unavailable."""
 

@@ -22,6 +22,7 @@ import numpy as np
 from engram_client.deadline import Deadline
 from engram_client.errors import (
     BY_CODE,
+    BadRequest,
     BatchTooLarge,
     Cancelled,
     DeadlineExceeded,
@@ -127,6 +128,13 @@ class GrpcTransport:
 
     def shared_view(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> None:
         return None
+
+    def set_hbm_budget(self, budget_bytes: int) -> int:
+        message = pb.SetBudgetsRequest(hbm_budget_bytes=budget_bytes)
+        reply = self._control(lambda calls: calls.set_budgets, message, RESIZE_TIMEOUT_S)
+        if not reply.HasField("hbm_budget_bytes"):
+            raise BadRequest("the daemon is older than its HBM tier; restart it with this release")
+        return int(reply.hbm_budget_bytes)
 
     def hit_path(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> None:
         """Every look-up is a call."""

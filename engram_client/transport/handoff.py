@@ -69,6 +69,24 @@ class TableNote:
 
 
 @dataclass(frozen=True)
+class HbmNote:
+    """An arena in a device's memory (engram_client/hbm/mirror.py), and how to open it.
+
+    kind "cuda" by the CUDA IPC handle, 64 bytes in hexadecimal; "host" by the descriptor at that place of
+    those that came along.
+    """
+
+    number: int
+    kind: str
+    device: str
+    sets: int
+    record_bytes: int
+    serving: int  # its control word while it may be read
+    handle: str
+    descriptor: int | None
+
+
+@dataclass(frozen=True)
 class Layout:
     """Everything a client must know to read and to ask."""
 
@@ -78,6 +96,7 @@ class Layout:
     touches: int
     data_bytes: int
     request_ids_max: int
+    hbm: tuple[HbmNote, ...] = ()
 
 
 def hello() -> bytes:
@@ -98,7 +117,10 @@ def check_hello(packet: bytes) -> None:
 
 def send_layout(connection: socket.socket, layout: Layout, descriptors: list[int]) -> None:
     """Send without waiting. Raises OSError, NoSharedMemory where it is too much for one packet."""
-    packet = json.dumps({"version": VERSION, **dataclasses.asdict(layout)}).encode()
+    told = {"version": VERSION, **dataclasses.asdict(layout)}
+    if not layout.hbm:
+        del told["hbm"]  # clients of before it do not know it
+    packet = json.dumps(told).encode()
     if len(packet) > MESSAGE_BYTES_MAX or len(descriptors) > DESCRIPTORS_MAX:
         raise NoSharedMemory(f"{len(layout.tables)} tables are too many to be told in one packet")
     fds = array.array("i", descriptors)
@@ -136,7 +158,8 @@ def _parsed(packet: bytes) -> Layout:
             raise NoSharedMemory("the daemon speaks another version of the shared memory's layout")
         arenas = tuple(_arena(note) for note in message.pop("arenas"))
         tables = tuple(TableNote(**note) for note in message.pop("tables"))
-        return Layout(arenas, tables, **message)
+        hbm = tuple(HbmNote(**note) for note in message.pop("hbm", ()))
+        return Layout(arenas, tables, hbm=hbm, **message)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise NoSharedMemory(f"the daemon's layout message cannot be understood: {error!r}") from error
 

@@ -92,6 +92,10 @@ class LocalTransport:
         self._store.set_dram_budget(budget_bytes)
         return int(self._store.stats()["dram_budget_bytes"])
 
+    def set_hbm_budget(self, budget_bytes: int) -> int:
+        self._store.promotion.resize(budget_bytes)
+        return int(self._store.stats()["hbm_budget_bytes"])
+
     def close(self) -> None:
         self._closed = True
         self._release()

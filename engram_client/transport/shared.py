@@ -19,7 +19,7 @@ from engram_client.transport.attachment import NO_COUNT, NO_MISSES, Attachment, 
 from engram_client.transport.base import Filling, HitPath, LookupRequest, PendingRows
 from engram_client.transport.copier import Copier
 from engram_client.transport.grpc import GrpcTransport
-from engram_client.transport.handoff import NoSharedMemory
+from engram_client.transport.handoff import HbmNote, NoSharedMemory
 from engram_client.transport.landing import Landing
 from engram_client.transport.link import FIRST_ATTEMPT_S, Link
 from engram_client.transport.mailbox import MailboxBusy, Request
@@ -107,6 +107,11 @@ class SharedTransport:
     def prefetch(self, request: LookupRequest) -> bool:
         return self._remote.prefetch(request)
 
+    def hbm_offer(self, spec: TableSpec) -> tuple[HbmNote, int | None, int] | None:
+        """See `engram_client.hbm.daemon.OffersHbm`: None where the daemon has none, or is gone."""
+        attachment = self._attachment()
+        return attachment.hbm_offer(spec.name, spec.generation) if attachment is not None else None
+
     def stats(self) -> dict[str, int]:
         """With what this client counts itself, since it attached."""
         attachment = self._link.attachment
@@ -119,6 +124,9 @@ class SharedTransport:
 
     def set_dram_budget(self, budget_bytes: int) -> int:
         return self._remote.set_dram_budget(budget_bytes)
+
+    def set_hbm_budget(self, budget_bytes: int) -> int:
+        return self._remote.set_hbm_budget(budget_bytes)
 
     def lookup(self, request: LookupRequest, out: np.ndarray, timeout_s: float | None) -> None:
         attachment = self._attachment()

@@ -146,16 +146,20 @@ class PrefetchResponse(_message.Message):
     def __init__(self, accepted: bool = ...) -> None: ...
 
 class SetBudgetsRequest(_message.Message):
-    __slots__ = ("dram_budget_bytes",)
+    __slots__ = ("dram_budget_bytes", "hbm_budget_bytes")
     DRAM_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HBM_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     dram_budget_bytes: int
-    def __init__(self, dram_budget_bytes: _Optional[int] = ...) -> None: ...
+    hbm_budget_bytes: int
+    def __init__(self, dram_budget_bytes: _Optional[int] = ..., hbm_budget_bytes: _Optional[int] = ...) -> None: ...
 
 class SetBudgetsResponse(_message.Message):
-    __slots__ = ("dram_budget_bytes",)
+    __slots__ = ("dram_budget_bytes", "hbm_budget_bytes")
     DRAM_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HBM_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     dram_budget_bytes: int
-    def __init__(self, dram_budget_bytes: _Optional[int] = ...) -> None: ...
+    hbm_budget_bytes: int
+    def __init__(self, dram_budget_bytes: _Optional[int] = ..., hbm_budget_bytes: _Optional[int] = ...) -> None: ...
 
 class StatsRequest(_message.Message):
     __slots__ = ()

@@ -12,7 +12,7 @@ from engram_client.errors import ConfigError
 from tierstore.config import LoadedConfig, add_config_arguments, config_from_arguments
 from tierstore.config.units import format_bytes
 
-LIVE_KEY = "dram.budget_bytes"
+LIVE_KEYS = ("dram.budget_bytes", "hbm.budget_bytes")
 EPILOG = """\
 Later layers win: defaults, the TOML file, the environment (TIERSTORE_DRAM_BUDGET_BYTES for
 dram.budget_bytes), flags. What --show prints is itself a complete configuration file.
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--connect",
         metavar="unix:PATH",
-        help="hand dram.budget_bytes, given by --set, to a daemon that is serving",
+        help="hand dram.budget_bytes or hbm.budget_bytes, given by --set, to a daemon that is serving",
     )
     add_config_arguments(parser)
 
@@ -52,15 +52,23 @@ def run(args: argparse.Namespace) -> int:
 def _change_budget(args: argparse.Namespace, loaded: LoadedConfig) -> None:
     """Only what was asked for is handed on, and only a budget can change while serving."""
     given = {key for key, origin in loaded.origins.items() if origin.startswith("flag")}
-    if given != {LIVE_KEY}:
+    if not given or not given <= set(LIVE_KEYS):
         named = ", ".join(sorted(given)) or "none"
         raise ConfigError(
-            f"--connect changes a daemon that is serving: expected --set {LIVE_KEY}=SIZE and nothing "
-            f"else, got keys: {named}; other keys take effect at the next start"
+            f"--connect changes a daemon that is serving: expected --set {LIVE_KEYS[0]}=SIZE or --set "
+            f"{LIVE_KEYS[1]}=SIZE and nothing else, got keys: {named}; other keys wait for the next start"
         )
+    in_force = {}
     with connect(args.connect) as client:
-        budget = client.set_dram_budget(loaded.config.dram.budget_bytes)
-    print(json.dumps({LIVE_KEY: budget}) if args.json else f"{LIVE_KEY} = {format_bytes(budget)} is in force")
+        changes = (client.set_dram_budget, client.set_hbm_budget)
+        for key, change in zip(LIVE_KEYS, changes, strict=True):
+            if key in given:
+                in_force[key] = change(int(str(loaded.value(key))))
+    if args.json:
+        print(json.dumps(in_force))
+    else:
+        for key, budget in in_force.items():
+            print(f"{key} = {format_bytes(budget)} is in force")
 
 
 def _as_json(loaded: LoadedConfig) -> dict[str, dict[str, object]]:

@@ -13,6 +13,7 @@ from tierstore.config.units import format_bytes
 
 PAGE_BYTES = 4096
 MAILBOX_FIXED_BYTES = 80 << 10  # of a client, beside its response memory and its ring of touches
+HBM_SHADOW_SHARE = 12  # what is known in DRAM of the HBM arena takes at most this part of its bytes
 EXTENT_INDEX_SHARE = 100  # the index of an extent takes at most this part of its bytes, in memory
 UNIX_PATH_BYTES_MAX = 107  # sun_path of Linux is 108 bytes with its closing zero
 
@@ -83,6 +84,9 @@ def _check_budgets(config: Config, memory: MemoryLimit, origins: Mapping[str, st
     if config.extent.budget_bytes:
         sizes["extent.write_buffer_bytes"] = config.extent.write_buffer_bytes
         sizes["extent.budget_bytes"] = config.extent.budget_bytes // EXTENT_INDEX_SHARE
+    if config.hbm.budget_bytes:
+        sizes["hbm.staging_bytes"] = 2 * config.hbm.staging_bytes
+        sizes["hbm.budget_bytes"] = config.hbm.budget_bytes // HBM_SHADOW_SHARE
     if config.shm.enabled and config.serve.unix:
         each_bytes = config.shm.response_bytes + config.shm.touch_ring_bytes + MAILBOX_FIXED_BYTES
         sizes["shm.clients_max"] = config.shm.clients_max * each_bytes
@@ -100,6 +104,8 @@ def _check_budgets(config: Config, memory: MemoryLimit, origins: Mapping[str, st
 def _told(key: str, size: int, config: Config, origins: Mapping[str, str]) -> str:
     if key == "extent.budget_bytes":
         return f"1 % of {_at(key, origins)} = {size} bytes"
+    if key == "hbm.budget_bytes":
+        return f"a twelfth of {_at(key, origins)} = {size} bytes"
     if key == "shm.clients_max":
         return f"{_at(key, origins)} = {config.shm.clients_max} clients with {format_bytes(size)}"
     return f"{_at(key, origins)} = {format_bytes(size)}"

@@ -102,7 +102,20 @@ class Hbm(Section, frozen=True):
         ByteSize,
         Meta(ge=0, description="device memory for hot records of each client in this process; 0 for none"),
     ] = 0
+    budget_bytes: Annotated[
+        ByteSize,
+        Meta(ge=0, description="device memory for records that are hot in DRAM; 0 for none, and no torch"),
+    ] = 0
     device: Annotated[str, Meta(description="of torch: cuda, cuda:1, or cpu for tests")] = "cuda"
+    promote_period_s: Annotated[
+        Seconds, Meta(ge=0.01, le=3600, description="time between looks for records that have become hot")
+    ] = 1.0
+    promote_bytes: Annotated[
+        ByteSize, Meta(ge=64 * KIB, description="records brought to HBM at one look, at most")
+    ] = 64 * MIB
+    promote_reads: Annotated[
+        int, Meta(ge=1, le=4, description="reads in DRAM that make a record hot; its small queue counts 2")
+    ] = 4
     staging_bytes: Annotated[
         ByteSize,
         Meta(ge=64 * KIB, description="pages on their way to a device, on it and once more in pinned memory"),

@@ -100,7 +100,12 @@ class MemoryService:
             )
         if request.HasField("dram_budget_bytes"):
             await asyncio.to_thread(self._store.set_dram_budget, request.dram_budget_bytes)
-        return pb.SetBudgetsResponse(dram_budget_bytes=self._store.stats()["dram_budget_bytes"])
+        if request.HasField("hbm_budget_bytes"):
+            await asyncio.to_thread(self._store.promotion.resize, request.hbm_budget_bytes)
+        stats = self._store.stats()
+        return pb.SetBudgetsResponse(
+            dram_budget_bytes=stats["dram_budget_bytes"], hbm_budget_bytes=stats["hbm_budget_bytes"]
+        )
 
     async def lookup(self, message: pb.LookupRequest, context: Any) -> bytes:
         deadline = Deadline.after(context.time_remaining())

@@ -16,6 +16,7 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from engram_client.arena.mailbox import MailboxGeometry
 from engram_client.transport.handoff import (
     SUFFIX,
     ArenaNote,
+    HbmNote,
     Layout,
     NoSharedMemory,
     RegionNote,
@@ -39,6 +41,9 @@ from tierstore.store import Store
 from tierstore.store.table import ServedTable
 from tierstore.tiers.region import Region
 from tierstore.tiers.sealed import SealedMemory
+
+if TYPE_CHECKING:
+    from tierstore.tiers.hbm_memory import DeviceMemory
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +70,7 @@ class SharedMemory:
         store.counters.collect = self._ledger.collect
         for arena in store.arenas().values():
             arena.on_change = self._tell_everybody
+        store.promotion.on_change = self._tell_everybody
         store.on_tables = self._follow_tables
         self._workers.follow_tables()  # should they have changed meanwhile
         self._door = Door(door, self._welcome)
@@ -107,8 +113,9 @@ class SharedMemory:
 
     def _send(self, guest: Guest, first: list[int]) -> None:
         """Tell a guest the layout of now. Raises OSError, NoSharedMemory."""
-        layout, regions = self._layout()
+        layout, regions, on_devices = self._layout(guest.user)
         descriptors = [region.memory.descriptor(writable=False) for region in regions]
+        descriptors += [fd for memory in on_devices if (fd := memory.descriptor()) is not None]
         try:
             send_layout(guest.connection, layout, [*first, *descriptors])
         finally:
@@ -127,7 +134,7 @@ class SharedMemory:
                     log.warning("a client of shared memory is hung up on, it does not listen: %s", error)
                     guest.hang_up()
 
-    def _layout(self) -> tuple[Layout, list[Region]]:
+    def _layout(self, user: int) -> tuple[Layout, list[Region], list[DeviceMemory]]:
         regions: list[Region] = []
 
         def note(region: Region) -> RegionNote:
@@ -143,7 +150,23 @@ class SharedMemory:
         geometry = self._geometry
         ids_max = self._store.config.limits.request_ids_max
         sizes = (geometry.touches, geometry.data_bytes, ids_max)
-        return Layout(tuple(arenas), tables, self._serving, *sizes), regions
+        hbm, on_devices = self._on_devices(user, len(regions))
+        return Layout(tuple(arenas), tables, self._serving, *sizes, hbm), regions, on_devices
+
+    def _on_devices(self, user: int, regions: int) -> tuple[tuple[HbmNote, ...], list[DeviceMemory]]:
+        """Arenas in device memory. By CUDA IPC others could write them: only the daemon's user gets those."""
+        notes, on_devices = list[HbmNote](), list[Any]()
+        for arena in self._store.promotion.arenas().values():
+            memory = arena.memory
+            if memory.kind == "cuda" and user != os.geteuid():
+                continue
+            place = None if memory.kind == "cuda" else regions + len(on_devices)
+            notes.append(HbmNote(
+                arena.number, memory.kind, memory.device, arena.sets, arena.record_bytes, arena.serving,
+                memory.handle, place,
+            ))  # fmt: skip
+            on_devices.append(memory)
+        return tuple(notes), on_devices
 
     def drain(self, timeout_s: float) -> None:
         """End one-sided reads at once; give requests in work so long."""
@@ -155,6 +178,7 @@ class SharedMemory:
         self._word[0] = 0
         for arena in self._store.arenas().values():
             arena.on_change = lambda: None
+        self._store.promotion.on_change = lambda: None
         self._store.on_tables = lambda: None
         self._workers.close()
         self._door.close()

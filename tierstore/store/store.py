@@ -7,7 +7,6 @@ hands the rest to the filler, which reads each missing record once. No lock is h
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -38,9 +37,10 @@ from tierstore.store.hints import HintQueue
 from tierstore.store.hit_path import HitPath
 from tierstore.store.in_flight import InFlight
 from tierstore.store.lock import acquire_store_lock
+from tierstore.store.promotion import Promotion
 from tierstore.store.reloading import Reloading
 from tierstore.store.table import Access, ServedTable
-from tierstore.store.tables import Tables
+from tierstore.store.tables import Tables, table_bytes
 from tierstore.store.warmth import Warmth
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.dram import Arena, DramTier
@@ -83,9 +83,7 @@ class Store:
 
     def _start_tiers(self, make_reader: MakeReader) -> None:
         config = self.config
-        sizes: Counter[int] = Counter()
-        for table in self._tables:
-            sizes[table.spec.record_bytes] += table.spec.rows * table.spec.row_bytes
+        sizes = table_bytes(self._tables)
         shares = self.directory / "warm" / "shares.json"
         self._dram = DramTier(config.dram.budget_bytes, known_weights(shares, sizes), self.counters)
         self._staging = StagingPool(config.nvme.staging_bytes, max(sizes, default=0))
@@ -109,13 +107,11 @@ class Store:
             self.directory / "warm", self._dram.arenas(), self._tables.owners(), self.counters, config.dram
         )
         self._balance = Balance(self._dram, shares, config.dram.balance_period_s)
+        self.promotion = Promotion(self._dram, self._tables.record_sizes(), config, self.counters)
         self._hints = HintQueue(config.prefetch.workers, config.limits.prefetch_queue_max, self._serve_hint)
 
     def _open_extents(self) -> ExtentTier:
-        kept = [table for table in self._tables if table.extent_pays]
-        sizes: Counter[int] = Counter()
-        for table in kept:
-            sizes[table.spec.record_bytes] += table.spec.rows * table.spec.row_bytes
+        sizes = table_bytes(table for table in self._tables if table.extent_pays)
         generations = {
             table.number: table.spec.generation if table.extent_pays else None for table in self._tables
         }
@@ -370,6 +366,7 @@ class Store:
             "extent_bytes": self._extents.capacity_bytes,
             "extent_index_bytes": self._extents.index_bytes,
             "dram_capacity_records": self._dram.capacity_records,
+            **self.promotion.stats(),
         }
 
     def close(self) -> None:
@@ -377,6 +374,7 @@ class Store:
         self._reloading.close()
         self._hints.close()
         if self._gate.close():
+            self.promotion.close()
             self._balance.close()
             self._warmth.close()
             self.bulk.close()

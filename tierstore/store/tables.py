@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -25,6 +26,14 @@ from tierstore.store.table import ServedTable
 log = logging.getLogger(__name__)
 Broken = FormatError | StorageError
 Opened = tuple[dict[str, ServedTable], dict[str, Broken]]  # and for each other one what is wrong with it
+
+
+def table_bytes(tables: Iterable[ServedTable]) -> Counter[int]:
+    """Bytes of all rows, by the bytes of the records they are looked up in."""
+    sizes: Counter[int] = Counter()
+    for table in tables:
+        sizes[table.spec.record_bytes] += table.spec.rows * table.spec.row_bytes
+    return sizes
 
 
 class Tables:
@@ -86,6 +95,11 @@ class Tables:
             f"no table {name!r} is served from {self._directory}; served: {have}; "
             "one that was packed since is taken up when a client asks for it with client.table(name)"
         )
+
+    def record_sizes(self) -> frozenset[int]:
+        """Bytes of the records that clients look up whole."""
+        specs = [table.spec for table in self]
+        return frozenset(spec.record_bytes for spec in specs if spec.addressing == "record")
 
     def owners(self) -> dict[str, int]:
         """Every owner of records by what it is in any process: a generation and an order."""

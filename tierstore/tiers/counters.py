@@ -47,6 +47,8 @@ NAMES = (
     "shm_refused",  # of these: what no client of ours would ask for
     "shm_touches",  # reads of clients that were counted
     "shm_touches_lost",  # overwritten in the ring, or of records that are gone
+    "hbm_promoted",  # records copied from DRAM into the daemon's HBM arena
+    "hbm_evicted",  # of these, that left for others
     "nvme_rows",
     "nvme_pages",  # distinct pages wanted
     "nvme_reads",  # read operations

@@ -26,6 +26,7 @@ from tierstore.kernels.admit import (
     move_sets,
 )
 from tierstore.kernels.dueling import fit_duel, new_duel
+from tierstore.kernels.promote import take_hot
 from tierstore.kernels.snapshot import admit_entries, copy_sets_out
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.region import Region
@@ -128,6 +129,22 @@ class Arena:
         The key becomes -1 where nothing left.
         """
         self._admit(exchange_records, keys, owners, source, places, wanted_soon)
+
+    def take_hot(
+        self, shadow: tuple[int, int, int, int], first: int, reads_min: int, out: np.ndarray
+    ) -> tuple[int, int]:
+        """Copy slots worth a tier above, of the sets from `first` on, into `out` uint8 [n, slot_bytes].
+
+        See tierstore/kernels/promote.py, also for `shadow`. Returns the set to go on with and how many slots.
+        Admissions wait for `MOVED_BYTES` of sets at most. While records move there are none.
+        """
+        with self._writing:
+            region, last = self._region, self.geometry.sets
+            step = max(1, MOVED_BYTES // (WAYS * region.geometry.slot_bytes))
+            if self._old is not None or out.shape[1] != region.geometry.slot_bytes:
+                return last, 0
+            last = min(first + step, last)
+            return take_hot(region.places, shadow, first, last, reads_min, out.ctypes.data, len(out))
 
     def note_pages(self, pages: int) -> None:
         """So many pages were read for records that are then admitted."""

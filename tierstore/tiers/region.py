@@ -87,6 +87,10 @@ class Region:
         """
         self._map.madvise(mmap.MADV_REMOVE, 0, self._map.size_bytes)
 
+    def index_lines(self, sets: np.ndarray) -> np.ndarray:
+        """A copy of these sets' index lines, uint8 [n, 64]; the caller keeps writers out."""
+        return self._bytes[: self.geometry.index_bytes].reshape(-1, 64)[sets]
+
     def index_line(self, which: int) -> np.ndarray:
         """The 64 bytes of one set's index line, for tests and inspection."""
         return self._bytes[: self.geometry.index_bytes].reshape(-1, 64)[which]
