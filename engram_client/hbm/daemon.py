@@ -32,7 +32,7 @@ from engram_client.hbm.tier import HbmTier
 from engram_client.ids import check_keys
 from engram_client.spec import TableSpec
 from engram_client.table import DEFAULT_TIMEOUT_S, Table
-from engram_client.transport.handoff import HbmNote
+from engram_client.transport.attachment import OfferedHbm
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 class OffersHbm(Protocol):
     """What a transport may be able to do besides: tell of the daemon's arena in device memory."""
 
-    def hbm_offer(self, spec: TableSpec) -> tuple[HbmNote, int | None, int] | None:
-        """The arena with this table's records, a descriptor that stays its own, and the table's number."""
+    def hbm_offer(self, spec: TableSpec) -> tuple[OfferedHbm, int] | None:
+        """The arena with this table's records, and the number that it knows the table by."""
 
 
 def hot_table(
@@ -75,7 +75,7 @@ class DaemonTable:
         self._table, self._transport = table, table.transport
         self._orders = ids_per_line(table.spec)
         self._mirror: Mirror | None = None
-        self._number = 0
+        self._serving = 0  # the nonce of the arena that was opened last: numbers come again with a new daemon
         self._said = False
         self._counts = torch.zeros(2, dtype=torch.int64, device=self.device)  # hits, misses
         self._owners = torch.zeros(self._orders, dtype=torch.int64, device=self.device)
@@ -149,20 +149,21 @@ class DaemonTable:
         """What is offered now, opened; and the daemon's nonce. With `insist` it raises NotShared."""
         offer = self._transport.hbm_offer(self.spec) if isinstance(self._transport, OffersHbm) else None
         if offer is None:
-            self._mirror, self._number = None, 0
+            self._mirror, self._serving = None, 0
             return None
-        note, descriptor, table_number = offer
-        if note.number != self._number:
-            self._mirror, self._number = None, note.number
+        offered, table_number = offer
+        serving = offered.note.serving
+        if serving != self._serving:
+            self._mirror, self._serving = None, serving
             try:
-                self._mirror = open_mirror(note, descriptor, self.device)
+                self._mirror = open_mirror(offered, self.device)
                 owners = (table_number << ORDER_BITS) + torch.arange(self._orders, device=self.device)
                 self._owners.copy_(owners)
             except (NotShared, RuntimeError) as error:
                 if insist:
                     raise NotShared(str(error).partition("\n")[0]) from error
                 self._say(error)
-        return (self._mirror, note.serving) if self._mirror is not None else None
+        return (self._mirror, serving) if self._mirror is not None else None
 
     def _say(self, error: Exception) -> None:
         if not self._said:

@@ -132,13 +132,13 @@ class Attachment:
         self._tables = {(table.name, table.generation): table for table in layout.tables}
         self._views: dict[ViewKey, View | None] = {}
 
-    def hbm_offer(self, name: str, generation: str) -> tuple[HbmNote, int | None, int] | None:
-        """The daemon's arena in device memory with a table's records, as `OffersHbm` tells it."""
+    def hbm_offer(self, name: str, generation: str) -> tuple[OfferedHbm, int] | None:
+        """The daemon's arena in device memory with a table's records, and the table's number there."""
         table = self._tables.get((name, generation))
         offered = self._hbm.get(table.entry_bytes) if table is not None else None
         if table is None or offered is None or table.addressing != "record":
             return None
-        return offered.note, offered.descriptor, table.number
+        return offered, table.number
 
     def view(self, key: ViewKey) -> View | None:
         """How to look up these things here; None where the daemon serves no such table that way."""

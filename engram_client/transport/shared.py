@@ -15,11 +15,19 @@ from engram_client.arrays import address_of
 from engram_client.deadline import Deadline
 from engram_client.errors import Cancelled
 from engram_client.spec import TableSpec
-from engram_client.transport.attachment import NO_COUNT, NO_MISSES, Attachment, View, ViewKey, one_kind_of
+from engram_client.transport.attachment import (
+    NO_COUNT,
+    NO_MISSES,
+    Attachment,
+    OfferedHbm,
+    View,
+    ViewKey,
+    one_kind_of,
+)
 from engram_client.transport.base import Filling, HitPath, LookupRequest, PendingRows
 from engram_client.transport.copier import Copier
 from engram_client.transport.grpc import GrpcTransport
-from engram_client.transport.handoff import HbmNote, NoSharedMemory
+from engram_client.transport.handoff import NoSharedMemory
 from engram_client.transport.landing import Landing
 from engram_client.transport.link import FIRST_ATTEMPT_S, Link
 from engram_client.transport.mailbox import MailboxBusy, Request
@@ -107,7 +115,7 @@ class SharedTransport:
     def prefetch(self, request: LookupRequest) -> bool:
         return self._remote.prefetch(request)
 
-    def hbm_offer(self, spec: TableSpec) -> tuple[HbmNote, int | None, int] | None:
+    def hbm_offer(self, spec: TableSpec) -> tuple[OfferedHbm, int] | None:
         """See `engram_client.hbm.daemon.OffersHbm`: None where the daemon has none, or is gone."""
         attachment = self._attachment()
         return attachment.hbm_offer(spec.name, spec.generation) if attachment is not None else None

@@ -138,11 +138,11 @@ def test_rows_are_right_while_others_drive_them_out(
     starts at the same place is taken up.
     """
     directory, oracle = packed.copy_to(tmp_path), packed.oracles[V41]
-    small = command(directory, tmp_path, hbm_budget_bytes=600_000)
+    small = command(directory, tmp_path, hbm_budget_bytes=400_000)
     with running(small, tmp_path) as daemon, connect(daemon.unix) as client:
         hot, found = DaemonTable(client.table(V41), "cpu"), 0
-        for seed in range(60):
-            keys = random_keys(oracle, 100, seed % 6)
+        for seed in range(24):
+            keys = random_keys(oracle, 60, seed % 4)
             client.table(V41).lookup_ngrams(keys)
             rows, missing = hits(hot, keys)
             expected = oracle.lookup_ngrams(keys).reshape(*keys.shape, -1)
@@ -159,30 +159,29 @@ def test_rows_are_right_while_others_drive_them_out(
             assert np.array_equal(hot.lookup_ngrams(keys).numpy(), oracle.lookup_ngrams(keys))
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [({"hbm_budget_bytes": 0}, 0), ({"hbm_device": "cuda"}, 1), ({"hbm_budget_bytes": 5000}, 1)],
-)
-def test_without_an_arena_each_process_has_a_cache_of_its_own(
-    packed: PackedStore, tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], said: int
-) -> None:
-    """Off, no such device, or no room for a set: the daemon serves, says so once, and so does the client."""
-    if settings.get("hbm_device") == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def own_cache(target: str, packed: PackedStore, caplog: pytest.LogCaptureFixture) -> None:
+    """What a client gets where the daemon has no arena, said once."""
     keys, oracle = random_keys(packed.oracles[V41], 20, seed=1), packed.oracles[V41]
-    with running(command(packed.copy_to(tmp_path), tmp_path, **settings), tmp_path) as daemon:
-        with connect(daemon.unix) as client, caplog.at_level(logging.WARNING):
-            hot = hot_table(client.table(V41), "cpu", budget_bytes=1 << 20)
-            assert isinstance(hot, HbmTable)
-            for _ in range(2):
-                assert np.array_equal(hot.lookup_ngrams(keys).numpy(), oracle.lookup_ngrams(keys))
-            assert client.stats()["hbm_budget_bytes"] == 0
-        log = daemon.log
+    with connect(target) as client, caplog.at_level(logging.WARNING):
+        hot = hot_table(client.table(V41), "cpu", budget_bytes=1 << 20)
+        assert isinstance(hot, HbmTable)
+        for _ in range(2):
+            assert np.array_equal(hot.lookup_ngrams(keys).numpy(), oracle.lookup_ngrams(keys))
+        assert client.stats()["hbm_budget_bytes"] == 0
     assert sum("in a cache of this process" in line for line in caplog.messages) == 1
-    assert log.count("there is no HBM tier, DRAM serves alone") == said
 
 
-def test_another_machine_has_no_arena(hot_daemon: Daemon, packed: PackedStore) -> None:
-    assert hot_daemon.tcp == ""
-    with connect(f"local:{packed.directory}") as client, pytest.raises(NotShared, match="not its machine"):
-        DaemonTable(client.table(V41), "cpu")
+@pytest.mark.parametrize("way", ["unix", "tcp"])
+def test_without_an_arena_each_process_has_a_cache_of_its_own(
+    daemon: Daemon, packed: PackedStore, caplog: pytest.LogCaptureFixture, way: str
+) -> None:
+    own_cache(getattr(daemon, way), packed, caplog)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_daemon_whose_device_is_not_there_serves_and_says_so_once(
+    packed: PackedStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(command(packed.copy_to(tmp_path), tmp_path, hbm_device="cuda"), tmp_path) as daemon:
+        own_cache(daemon.unix, packed, caplog)
+    assert daemon.log.count("there is no HBM tier, DRAM serves alone") == 1

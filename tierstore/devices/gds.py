@@ -59,7 +59,9 @@ def open_gds_reader(probe: GdsProbe, threads: int) -> GdsReader:
     """The reader, where the probe said that it is there."""
     assert probe.usable, "kvikio may hang or end this process where it was not tried before"
     import kvikio
+    import kvikio.defaults
 
+    kvikio.defaults.set("compat_mode", kvikio.CompatMode.OFF)  # a file that cannot is an error, not a copy
     return GdsReader(lambda path: kvikio.CuFile(path, "r"), threads)
 
 

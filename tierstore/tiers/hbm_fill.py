@@ -200,14 +200,18 @@ class DeviceFill:
         if not row_ids.size:
             return "none"
         bulk = Bulk(table, file, row_ids, targets, out, deadline)
-        with self._using:
-            try:
-                return self._read(bulk)
-            except torch.OutOfMemoryError as error:
-                raise BadRequest(
-                    f"{self.device} ran out of memory while {row_ids.size} rows were read in bulk: "
-                    f"{str(error).partition(chr(10))[0]}; ask for fewer at a time"
-                ) from error
+        left_s = deadline.remaining_s()
+        if not self._using.acquire(timeout=-1 if left_s is None else left_s):
+            raise deadline.exceeded("waiting for another read in bulk")
+        try:
+            return self._read(bulk)
+        except torch.OutOfMemoryError as error:
+            raise BadRequest(
+                f"{self.device} ran out of memory while {row_ids.size} rows were read in bulk: "
+                f"{str(error).partition(chr(10))[0]}; ask for fewer at a time"
+            ) from error
+        finally:
+            self._using.release()
 
     def _read(self, bulk: Bulk) -> str:
         plan = self._plan(bulk, self._gap_pages_max, self._run_pages_max)

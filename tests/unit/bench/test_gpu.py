@@ -8,11 +8,12 @@ import re
 import subprocess
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tierbench import cli
-from tierbench.gpu import plan
+from tierbench.gpu import child, plan
 from tierbench.gpu.bars import NOT_JUDGED, Bar
 from tierbench.gpu.child import run_section
 from tierbench.gpu.isolated import run_isolated
@@ -80,7 +81,15 @@ def test_a_section_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (found["status"], found["error"]) == ("failed", "left with exit code -6")
 
 
-def test_no_such_device_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_such_device_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_this_process(name: str, options: list[str], timeout_s: float) -> dict[str, Any]:
+        out = tmp_path / "out"
+        assert child.main([name, *options, "--out", str(out)]) == 1
+        return {**json.loads(out.read_text()), "took_s": 0.0}
+
+    monkeypatch.setattr("tierbench.commands.gpu.run_isolated", in_this_process)
     assert cli.main(["gpu", "--device", "no-such", "--dir", str(tmp_path), "--only", "copy"]) == 2
     assert "--device no-such" in capsys.readouterr().err
 

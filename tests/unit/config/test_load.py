@@ -126,7 +126,7 @@ class TestErrors:
     def test_unknown_key_names_near_ones(self, tmp_path: Path) -> None:
         says = message(tmp_path, "[dram]\nbuget_bytes = 5\n")
         assert "$.dram.buget_bytes" in says
-        assert "did you mean dram.budget_bytes or extent.budget_bytes?" in says
+        assert "did you mean dram.budget_bytes or hbm.budget_bytes?" in says
 
     def test_unknown_section(self, tmp_path: Path) -> None:
         assert "did you mean nvme?" in message(tmp_path, "[nvmee]\ndirect = 'on'\n")

@@ -20,6 +20,7 @@ from engram_client.hbm import mirror as mirrors
 from engram_client.hbm.imported import open_mirror
 from engram_client.hbm.mirror import Mirror, mirror_bytes
 from engram_client.jit import kernel
+from engram_client.transport.attachment import OfferedHbm
 from engram_client.transport.handoff import HbmNote
 from tierstore.tiers import hbm_memory
 from tierstore.tiers.counters import Counters
@@ -51,7 +52,7 @@ def read(arena: HbmArena, keys: np.ndarray, owners: np.ndarray) -> tuple[np.ndar
 
 @pytest.mark.parametrize("record_bytes", [40, 21, 2112])
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_what_is_found_is_what_was_put_in(record_bytes: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     arena = HbmArena(mirror_bytes(3, record_bytes), record_bytes, CPU)
@@ -277,14 +278,17 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], FakeCuda]:
     return put
 
 
+def offered(handle: str) -> OfferedHbm:
+    return OfferedHbm(HbmNote(1, "cuda", "GPU-1", 1, RECORD_BYTES, 9, handle, None), [])
+
+
 class TestIpc:
     def test_memory_is_made_and_opened_by_its_handle(self, cuda: Callable[[str], FakeCuda]) -> None:
         fake = cuda("")
         memory = hbm_memory.CudaMemory(torch.device("cuda", 0), 1000)
         assert memory.handle == bytes(range(64)).hex() and memory.descriptor() is None
         assert not memory.tensor.any(), "it has to begin with zeros"
-        note = HbmNote(1, "cuda", "GPU-1", 1, RECORD_BYTES, 9, memory.handle, None)
-        mirror = open_mirror(note, None, torch.device("cuda", 0))
+        mirror = open_mirror(offered(memory.handle), torch.device("cuda", 0))
         assert isinstance(mirror, Mirror)
         del mirror
         memory.free()
@@ -302,14 +306,12 @@ class TestIpc:
 
     def test_a_dead_daemons_handle_is_refused(self, cuda: Callable[[str], FakeCuda]) -> None:
         cuda("cuIpcOpenMemHandle_v2")
-        note = HbmNote(1, "cuda", "GPU-1", 1, RECORD_BYTES, 9, bytes(range(64)).hex(), None)
         with pytest.raises(NotShared, match="cuIpcOpenMemHandle_v2 failed"):
-            open_mirror(note, None, torch.device("cuda", 0))
+            open_mirror(offered(bytes(range(64)).hex()), torch.device("cuda", 0))
 
     def test_another_gpu_is_another_memory(self) -> None:
-        note = HbmNote(1, "cuda", "GPU-1", 1, RECORD_BYTES, 9, "00" * 64, None)
         with pytest.raises(NotShared, match="lies on GPU-1, and rows are wanted on cpu"):
-            open_mirror(note, None, CPU)
+            open_mirror(offered("00" * 64), CPU)
 
     def test_without_a_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def missing(name: str) -> None:
