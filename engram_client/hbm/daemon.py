@@ -27,7 +27,8 @@ from engram_client.gpu.ipc import NotShared
 from engram_client.hashing import inputs
 from engram_client.hbm.imported import open_mirror
 from engram_client.hbm.mirror import Mirror
-from engram_client.hbm.table import HbmTable, distinct_lines, ids_per_line
+from engram_client.hbm.misses import Lines, Misses
+from engram_client.hbm.table import HbmTable, ids_per_line
 from engram_client.hbm.tier import HbmTier
 from engram_client.ids import check_keys
 from engram_client.spec import TableSpec
@@ -82,26 +83,61 @@ class DaemonTable:
         if self._current(insist=True) is None:
             raise NotShared("the daemon has no HBM arena for it, or this is not its machine")
 
-    def hits_into(self, keys: Tensor, out: Tensor) -> Tensor:
-        """Copy what the arena holds of keys [..., orders]; which are missing, bool of their shape, on
-        the device.
+    def hits_into(self, ids: Tensor, out: Tensor, found: Tensor | None = None) -> Misses:
+        """Copy what the arena holds of keys [..., orders], and list on the device what it does not.
 
-        Never waits for the device. out uint8 [..., H, row_bytes] there; rows of missing keys become zeros and
-        must not be used. A graph that holds this reads memory that is gone once the daemon is: capture
-        it anew after `attached` was false.
+        As `HbmTable.hits_into`: never waits for the device; rows of missing keys become zeros in `out` uint8
+        [..., H, row_bytes] and must not be used before `fill`. A graph that holds this reads memory that
+        is gone once the daemon is: capture it anew after `attached` was false.
         """
-        self._check(keys, out)
-        flat, mirror = keys.reshape(-1), self._current()
+        self._check(ids, out)
+        keys, mirror = ids.reshape(-1), self._current()
         if mirror is None:
             out.zero_()
-            missing = flat != -1
+            missing = keys != -1
         else:
-            owners = self._owners.expand(len(flat) // self._orders, self._orders).reshape(-1)
+            owners = self._owners.expand(len(keys) // self._orders, self._orders).reshape(-1)
             rows = out.view(-1, self.spec.record_bytes)
-            missing = mirror[0].read_into(flat, owners, mirror[1], rows)
-        misses = missing.sum()
-        self._counts += torch.stack(((flat != -1).sum() - misses, misses))
-        return missing.view(keys.shape)
+            missing = mirror[0].read_into(keys, owners, mirror[1], rows)
+        count = missing.sum()
+        self._counts += torch.stack(((keys != -1).sum() - count, count))
+        return Misses(self._listed(keys, missing, count, found), keys)
+
+    @staticmethod
+    def found_size(ids: Tensor) -> int:
+        """How many int64 `hits_into` lists misses in."""
+        return HbmTable.found_size(ids)
+
+    def _listed(self, keys: Tensor, missing: Tensor, count: Tensor, found: Tensor | None) -> Tensor:
+        """See `Misses.found`: the missing first, all in a shape that depends on the batch alone."""
+        size = self.found_size(keys)
+        if found is None:
+            found = torch.zeros(size, dtype=torch.int64, device=self.device)
+        elif not is_tensor(found) or tuple(found.shape) != (size,) or found.dtype != torch.int64:
+            raise BadRequest(f"found must be int64 [{size}] on {self.device}")
+        places = (~missing).to(torch.uint8).argsort(stable=True)
+        pairs = torch.stack((places, keys.index_select(0, places)), dim=1)
+        found[0] = count
+        found[1 : 1 + 2 * len(keys)] = pairs.view(-1)
+        return found
+
+    def fill(self, misses: Misses, out: Tensor, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> int:
+        """Bring what `hits_into` did not find into the same `out`; how many records that were.
+
+        Waits for the device, to learn what is missing. Raises as a look-up.
+        """
+        count = int(misses.count)
+        if not count:
+            return 0
+        pairs = misses.found[1 : 1 + 2 * count].view(-1, 2).cpu().numpy()
+        if pairs[:, 1].min() < 0:
+            check_keys(misses.keys.view(-1, self._orders).cpu().numpy(), self.spec.name)
+        lines = Lines.of(pairs, self._orders)
+        rows = torch.from_numpy(np.asarray(self._table.lookup_ngrams(lines.ids, timeout=timeout)))
+        records = rows.reshape(-1, self.spec.record_bytes)[torch.from_numpy(lines.source)]
+        places = torch.from_numpy(lines.places).to(self.device)
+        out.view(-1, self.spec.record_bytes).index_copy_(0, places, records.to(self.device))
+        return count
 
     def lookup_ngrams(self, ngram_keys: Any, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> Tensor:
         """Rows of n-gram keys [..., orders]: uint8 [..., H, row_bytes] on the device."""
@@ -120,16 +156,7 @@ class DaemonTable:
 
         Waits for the device once, to learn what is missing.
         """
-        at = self.hits_into(ngram_keys, out).view(-1).nonzero().squeeze(1)
-        if not len(at):
-            return
-        wanted = ngram_keys.reshape(-1).index_select(0, at).cpu().numpy()
-        if wanted.min() < 0:
-            check_keys(ngram_keys.cpu().numpy(), self.spec.name)
-        lines, source = distinct_lines(wanted, (at % self._orders).cpu().numpy(), self._orders)
-        rows = torch.from_numpy(np.asarray(self._table.lookup_ngrams(lines, timeout=timeout)))
-        records = rows.reshape(-1, self.spec.record_bytes)[torch.from_numpy(source)]
-        out.view(-1, self.spec.record_bytes).index_copy_(0, at, records.to(self.device))
+        self.fill(self.hits_into(ngram_keys, out), out, timeout=timeout)
 
     def dequantize(self, rows: Any, *, dtype: torch.dtype | None = None, index: Any = None) -> Tensor:
         """Rows uint8 [..., row_bytes] as a tensor [..., embedding_dim], where the rows are."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tierbench.gpu.sections.daemon_arena import missing_of
 
 from engram_client import Client, connect, errors
 from engram_client.gpu.ipc import NotShared
@@ -53,7 +54,7 @@ def hits(hot: DaemonTable, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     there = torch.from_numpy(keys)
     heads = hot.spec.record_rows * keys.shape[1]
     rows = torch.full((len(keys), heads, hot.spec.row_bytes), 9, dtype=torch.uint8)
-    return rows.numpy(), hot.hits_into(there, rows).numpy()
+    return rows.numpy(), missing_of(hot.hits_into(there, rows)).view(keys.shape).numpy()
 
 
 def is_hot(client: Client, hot: DaemonTable, keys: np.ndarray) -> bool:

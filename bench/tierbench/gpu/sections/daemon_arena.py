@@ -23,6 +23,7 @@ from engram_client import connect
 from engram_client.errors import DataCorrupt, Unavailable
 from engram_client.hbm import HbmTier
 from engram_client.hbm.daemon import DaemonTable
+from engram_client.hbm.misses import Misses
 from engram_client.table import Table
 from tierbench.alternate import alternate, rate
 from tierbench.daemon import running_daemon
@@ -79,7 +80,7 @@ def _heat(table: Table, hot: DaemonTable, keys: Tensor) -> float:
     out = torch.empty((len(keys), *_shape(table)), dtype=torch.uint8, device=hot.device)
     deadline = time.monotonic() + HEATING_S
     while True:
-        missing = hot.hits_into(there, out).any(-1).cpu()
+        missing = missing_of(hot.hits_into(there, out)).view(keys.shape).any(-1).cpu()
         share = 1 - float(missing.float().mean())
         if share >= HOT_SHARE:
             return share
@@ -88,6 +89,12 @@ def _heat(table: Table, hot: DaemonTable, keys: Tensor) -> float:
         for _ in range(4):
             table.lookup_ngrams(keys[missing].numpy())
         time.sleep(0.1)
+
+
+def missing_of(misses: Misses) -> Tensor:
+    """Which of the flat batch were not found, bool [n]; waits for the device."""
+    places = misses.found[1:].view(-1, 2)[: int(misses.count), 0]
+    return torch.zeros(len(misses.keys), dtype=torch.bool, device=places.device).index_fill(0, places, True)
 
 
 def _shape(table: Table) -> tuple[int, int]:
@@ -115,9 +122,9 @@ def _measure(table: Table, hot: DaemonTable, own: Any, keys: Tensor, scale: Scal
     for _ in range(2):
         own.lookup_ngrams_into(there, out)
     for name, path in paths.items():
-        missing = path()
+        misses = path()
         same = (out == expected).all(2).view(len(keys), -1, table.spec.record_rows).all(2)
-        if not bool((same if missing is None else same | missing).all()):
+        if not bool((same if misses is None else same | missing_of(misses).view(same.shape)).all()):
             raise DataCorrupt(f"path {name!r} brought other bytes than look-ups did")
 
     def step(path: Any, call: int) -> int:
