@@ -78,8 +78,9 @@ class DaemonTable:
         self._mirror: Mirror | None = None
         self._serving = 0  # the nonce of the arena that was opened last: numbers come again with a new daemon
         self._said = False
-        self._counts = torch.zeros(2, dtype=torch.int64, device=self.device)  # hits, misses
-        self._owners = torch.zeros(self._orders, dtype=torch.int64, device=self.device)
+        with torch.inference_mode(False):  # tensors of inference mode cannot be written outside of it
+            self._counts = torch.zeros(2, dtype=torch.int64, device=self.device)  # hits, misses
+            self._owners = torch.zeros(self._orders, dtype=torch.int64, device=self.device)
         if self._current(insist=True) is None:
             raise NotShared("the daemon has no HBM arena for it, or this is not its machine")
 

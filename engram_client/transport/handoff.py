@@ -76,7 +76,6 @@ class HbmNote:
     those that came along.
     """
 
-    number: int
     kind: str
     device: str
     sets: int

@@ -162,7 +162,7 @@ class SharedMemory:
                 continue
             place = None if memory.kind == "cuda" else regions + len(on_devices)
             notes.append(HbmNote(
-                arena.number, memory.kind, memory.device, arena.sets, arena.record_bytes, arena.serving,
+                memory.kind, memory.device, arena.sets, arena.record_bytes, arena.serving,
                 memory.handle, place,
             ))  # fmt: skip
             on_devices.append(memory)

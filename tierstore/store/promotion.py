@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import structs
 
+from engram_client.errors import ConfigError
 from tierstore.config import Config, check_config, memory_limit
 from tierstore.tiers.counters import Counters
 from tierstore.tiers.dram import DramTier
@@ -78,7 +79,8 @@ class Promotion:
                 self._start(0)
             if self._tier is not None:
                 self._tier.resize(budget_bytes)
-        self.on_change()
+            elif budget_bytes:
+                raise ConfigError("$.hbm.budget_bytes: HBM needs torch; pip install 'tierstore[gpu]'")
 
     def stats(self) -> dict[str, int]:
         return self._tier.stats() if self._tier else NOTHING

@@ -16,7 +16,6 @@ once, and DRAM serves: nothing here may take the daemon down. Checked on CPU ten
 
 from __future__ import annotations
 
-import itertools
 import logging
 import secrets
 import threading
@@ -39,7 +38,6 @@ from tierstore.tiers.hbm_memory import free_later, make_memory
 from tierstore.tiers.region import Region
 
 log = logging.getLogger(__name__)
-_numbers = itertools.count(1)
 
 
 class HbmArena:
@@ -50,15 +48,15 @@ class HbmArena:
         sets = (budget_bytes - HEADER_BYTES) // set_bytes
         if sets < 1:
             raise NotShared(f"{budget_bytes} bytes hold no set of records of {record_bytes} bytes")
-        self.number, self.serving = next(_numbers), secrets.randbits(62) | 1
+        self.serving = secrets.randbits(62) | 1
         self.record_bytes, self.sets, self.records = record_bytes, sets, 0
-        self.memory = make_memory(device, mirror_bytes(sets, record_bytes))
-        self._mirror = Mirror(self.memory.tensor, sets, record_bytes)
         self._shadow = Region(ArenaGeometry(sets, 0))
         self._duel = new_duel(sets)
         none = np.zeros(0, np.int64)
         places_of(self.shadow, none, none, none)  # compile or load now, not under a lock of DRAM's
         take_hot(self.shadow, self.shadow, 0, 0, 1, 0, 0)
+        self.memory = make_memory(device, mirror_bytes(sets, record_bytes))
+        self._mirror = Mirror(self.memory.tensor, sets, record_bytes)
         self._mirror.control.fill_(self.serving)
 
     @property
@@ -167,7 +165,7 @@ class HbmTier:
             for record_bytes, weight in weights.items():
                 share = budget_bytes * weight // total if total else budget_bytes // len(weights)
                 made[record_bytes] = HbmArena(share, record_bytes, device)
-        except (NotShared, BadRequest, RuntimeError) as error:
+        except (NotShared, BadRequest, RuntimeError, OSError) as error:
             for arena in made.values():
                 arena.retire()
             raise ConfigError(

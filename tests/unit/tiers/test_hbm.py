@@ -279,7 +279,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], FakeCuda]:
 
 
 def offered(handle: str) -> OfferedHbm:
-    return OfferedHbm(HbmNote(1, "cuda", "GPU-1", 1, RECORD_BYTES, 9, handle, None), [])
+    return OfferedHbm(HbmNote("cuda", "GPU-1", 1, RECORD_BYTES, 9, handle, None), [])
 
 
 class TestIpc:
