@@ -9,7 +9,8 @@
 #   make proto   the protobuf stub, after a change in proto/
 #   make clean   remove everything that these targets made
 #
-# PYTHON=python3.12 chooses the interpreter, PIP_ARGS=... is handed to pip, PYTEST_ARGS=... to pytest;
+# PYTHON=python3.12 chooses the interpreter, PIP_ARGS=... is handed to pip, PYTEST_ARGS=... to pytest,
+# BENCH_ARGS=... to `tierbench gpu`.
 # WORKERS=0 runs the tests in one process.
 
 SHELL := /bin/bash

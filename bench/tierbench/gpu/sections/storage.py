@@ -32,7 +32,7 @@ from tierstore.devices.gds_probe import probe_gds
 from tierstore.store import Store, open_store
 from tierstore.store.bulk import BulkReads
 
-TIMEOUT_S = 150
+TIMEOUT_S = 120
 LINES_AT_ONCE = 4096
 WINDOWS_MAX = 5  # of a second or more each
 
