@@ -46,13 +46,12 @@ from engram_client.arena.shared_read import (
     INDEX,
     NEW_REGION,
     OLD_REGION,
-    PART_AT,
     SLOTS,
     VIEW_WORDS,
 )
 from engram_client.deadline import Deadline
 from engram_client.errors import BadRequest
-from engram_client.gpu.bus_launch import BUS, Lists, check_part_bytes, launch
+from engram_client.gpu.bus_launch import BUS, Lists, check_part_bytes, find_nothing, launch
 from engram_client.gpu.carrier import carrier_of
 from engram_client.gpu.host_memory import NotRegistered, Registered
 from engram_client.gpu.probe import as_device, capturing
@@ -109,14 +108,18 @@ class BusReader:
         self.device = as_device(device)
         self.entries_max = entries_max
         self._table, self._heads, self._keep_masked = table, heads, keep_masked
-        self._orders, self._shape = _entry_shape(table, heads)
-        self.entry_bytes = math.prod(self._shape) // self._orders
+        self._orders, first, heads_copied = _part_of(table, heads)
+        self._part_at = first * table.spec.row_bytes  # of a record: known also while there is no view
+        self.entry_bytes = heads_copied * table.spec.row_bytes
         check_part_bytes(self.entry_bytes)
         with torch.inference_mode(False):
             self._view = torch.zeros(VIEW_WORDS, dtype=torch.int64, device=self.device)
             self.missing = torch.zeros(entries_max, dtype=torch.bool, device=self.device)
             self._lists = Lists.made(entries_max, touches, self.device)
+        pinned = self.device.type != "cuda" or self._lists.pinned
+        self._kernel_serves = self.device.type != "cuda" or (pinned and BUS.serves(self.device))
         self._seen: View | None = None
+        self._closed = False
         self._words = np.zeros(VIEW_WORDS, np.int64)  # of the view, with addresses of this process
         self._held: list[Registered] = []
         self._said = False
@@ -127,7 +130,7 @@ class BusReader:
     def _warm(self) -> None:
         """Have the kernel for these shapes compiled before somebody waits for rows; nothing is read."""
         masked = torch.full((self._orders,), -1, dtype=torch.int64, device=self.device)
-        if (self.device.type != "cuda" or BUS.serves(self.device)) and self.entries_max >= self._orders:
+        if self.entries_max >= self._orders:
             out = torch.zeros(self._orders * self.entry_bytes, dtype=torch.uint8, device=self.device)
             self.read(masked, out)
             self.missed()
@@ -140,10 +143,11 @@ class BusReader:
     def refresh(self) -> bool:
         """Follow the daemon's layout; returns `serving`. Waits for the device where something has changed.
 
-        Nothing may be captured, nor another stream be reading with this reader, meanwhile.
+        Does nothing while the current stream is captured. No other stream may read with this reader, and no
+        other thread capture, meanwhile.
         """
         view = self._table.shared_view(self._heads)
-        if view is self._seen:
+        if view is self._seen or self._closed or capturing(self.device):
             return self.serving
         held: list[Registered] = []
         words = np.zeros(VIEW_WORDS, np.int64)
@@ -167,8 +171,8 @@ class BusReader:
         """The view's words as the device is to have them, and what keeps them true. Raises NotRegistered."""
         if self.device.type != "cuda":
             return view.words, []
-        if not BUS.serves(self.device):
-            raise NotRegistered("its kernel does not serve there")
+        if not self._kernel_serves:
+            raise NotRegistered("its kernel does not serve there, or host memory cannot be pinned")
         held = [Registered(mapping, self.device) for mapping in view.mappings]
         words = view.words.copy()
         for at in ADDRESSES:
@@ -193,16 +197,17 @@ class BusReader:
         below -1 is missing. Raises BadRequest.
         """
         self._check(ids, out)
-        if not capturing(self.device):
-            self.refresh()
+        self.refresh()
         self._entries, self.reads = ids.numel(), self.reads + 1
         if self._entries:
+            flat, rows = ids.reshape(-1), out.view(self._entries, self.entry_bytes)
             self._lists.counters[:2].zero_()
-            launch(
-                self._view if self.device.type == "cuda" else torch.from_numpy(self._words),
-                ids.reshape(-1), out.view(self._entries, self.entry_bytes), self.missing, self._lists,
-                self._orders, self._keep_masked, self._unit(out),
-            )  # fmt: skip
+            if self._kernel_serves:
+                view = self._view if self.device.type == "cuda" else torch.from_numpy(self._words)
+                unit = math.gcd(16, self.entry_bytes, self._part_at, out.data_ptr())
+                launch(view, flat, rows, self.missing, self._lists, self._orders, self._keep_masked, unit)
+            else:
+                find_nothing(flat, rows, self.missing, self._lists, self._keep_masked)
             self._lists.told.copy_(self._lists.counters, non_blocking=True)
 
     def missed(self) -> Missed:
@@ -255,14 +260,12 @@ class BusReader:
 
     def close(self) -> None:
         """Let go of the daemon's memory once the device is done; everything is missing from then on."""
+        self._closed = True
         self._seen, self._words = None, np.zeros(VIEW_WORDS, np.int64)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._view.zero_()
         self._held = []
-
-    def _unit(self, out: Tensor) -> int:
-        return math.gcd(16, self.entry_bytes, int(self._words[PART_AT]), out.data_ptr())
 
     def _check(self, ids: Tensor, out: Tensor) -> None:
         if ids.device != self.device or ids.dtype != torch.int64 or not ids.is_contiguous():
@@ -289,11 +292,13 @@ class BusReader:
             check_row_ids(ids, self._table.spec.rows, self._table.spec.name)
 
 
-def _entry_shape(table: Table, heads: slice | None) -> tuple[int, tuple[int, int]]:
-    """Ids of a line, and the shape of a line's rows."""
-    if table.spec.addressing != "record" or table.spec.scheme is None:
-        return 1, (1, table.spec.row_bytes)
-    return table.spec.scheme.orders, table.staged_shape(heads)
+def _part_of(table: Table, heads: slice | None) -> tuple[int, int, int]:
+    """Ids of a line, and of each record the first head that is copied, and how many are."""
+    scheme = table.spec.scheme
+    if table.spec.addressing != "record" or scheme is None:
+        return 1, 0, 1
+    count = table.staged_shape(heads)[0] // scheme.orders
+    return scheme.orders, 0 if heads is None else heads.indices(scheme.heads)[0], count
 
 
 def _seen_by_device(address: int, held: list[Registered]) -> int:

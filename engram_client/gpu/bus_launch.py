@@ -35,6 +35,11 @@ class Lists:
     told: Tensor
     scratch: Tensor
 
+    @property
+    def pinned(self) -> bool:
+        """Whether a device can write to all of it."""
+        return all(each.is_pinned() for each in (self.listed, self.touches, self.told))
+
     @classmethod
     def made(cls, entries_max: int, touches: int, device: torch.device) -> Lists:
         def pinned(*shape: int) -> Tensor:
@@ -77,6 +82,20 @@ def launch(
             ORDERS=orders, UNIT=unit, TILE=tile, KEEP_MASKED=keep_masked,
             INTERPRETED=interpreted(), num_warps=warps_for(tile),
         )  # fmt: skip
+
+
+def find_nothing(ids: Tensor, out: Tensor, missing: Tensor, lists: Lists, keep_masked: bool) -> None:
+    """What `launch` leaves where there is no arena, by torch's operations; does not wait for the device."""
+    masked = ids == -1
+    missing[: len(ids)] = ~masked
+    if keep_masked:
+        out.masked_fill_(~masked.unsqueeze(1), 0)
+    else:
+        out.zero_()
+    order = masked.to(torch.uint8).argsort(stable=True)  # those that are missing first
+    lists.listed[: len(ids)].copy_(torch.stack((order, ids[order]), dim=1), non_blocking=True)
+    lists.counters[listed_read.MASKED] += masked.sum()
+    lists.counters[listed_read.MISSED] += (~masked).sum()
 
 
 def warps_for(tile: int) -> int:

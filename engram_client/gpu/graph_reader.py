@@ -109,10 +109,11 @@ class GraphReader:
         """
         layer = self._of(layer_id)
         on_gpu = self.device.type == "cuda"
-        if on_gpu and not (self._ring.pinned and WAITING.serves(self.device)):
+        pinned = self._ring.pinned and self._expected.is_pinned()
+        if on_gpu and not (pinned and WAITING.serves(self.device)):
             raise BadRequest(
                 f"{self.device} cannot wait for this ring's words (its memory is "
-                f"{'pinned' if self._ring.pinned else 'not pinned'}; the log says what else); use deliver"
+                f"{'pinned' if pinned else 'not pinned'}; the log says what else); use deliver"
             )
         place = slice(slot, slot + 1)
         word, found, late = layer.source_words[place], layer.words[place], layer.late[place]

@@ -157,9 +157,9 @@ def test_rows_are_right_while_records_come_go_and_move(packed: PackedStore, tmp_
         try:
             reader = BusReader(client.table(V41), CPU, entries_max=120)
             random, hits, views = np.random.default_rng(5), 0, set()
-            for i in range(120):
-                if i in (30, 60, 90):
-                    writer.set_dram_budget((1 << 20) * (3 + i % 3))
+            for i in range(60):
+                if i in (15, 30, 45):
+                    writer.set_dram_budget((1 << 20) * (3 + i // 15 % 3))
                 chosen = keys[random.integers(0, 400, 40)]
                 out = read(reader, client.table(V41), chosen)
                 missed = reader.missed()
@@ -168,7 +168,7 @@ def test_rows_are_right_while_records_come_go_and_move(packed: PackedStore, tmp_
                 expected[missed.positions] = 0
                 assert np.array_equal(out.numpy(), expected), i
                 views.add(id(reader._seen))
-            assert hits > 100
+            assert hits > 50
             assert len(views) > 1
             reader.fill(out, missed)
             assert np.array_equal(out.numpy(), parts(oracle, chosen, None))
@@ -230,6 +230,24 @@ def test_a_daemon_that_ends(packed: PackedStore, tmp_path: Path, end: signal.Sig
         assert reader.missed().ids.size == keys.size and not out.any()
         with pytest.raises(errors.Unavailable):
             reader.fill(out, reader.missed(), timeout=0.5)
+
+
+def test_where_no_kernel_serves_everything_is_missing(packed: PackedStore, roomy: Daemon) -> None:
+    """As a reader on a GPU without Triton: the same lists as the twin's over no arena at all."""
+    with connect(roomy.unix) as client:
+        table, keys = client.table(V41), random_keys(packed.oracles[V41], 20, seed=95, masked=0.3)
+        for keep_masked in (False, True):
+            reader = BusReader(table, CPU, entries_max=keys.size, keep_masked=keep_masked)
+            reader.close()
+            found = []
+            for serves in (True, False):
+                reader._kernel_serves = serves
+                out = read(reader, table, keys)
+                missed = reader.missed()
+                found.append([out, torch.from_numpy(missed.positions), torch.from_numpy(missed.ids)])
+                assert torch.equal(reader.missing, torch.from_numpy(keys.reshape(-1) != -1))
+            assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+            assert not reader.serving and not reader.refresh()
 
 
 def test_without_a_daemon_on_this_machine_nothing_is_found(packed: PackedStore, daemon: Daemon) -> None:
