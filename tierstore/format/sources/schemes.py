@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +40,28 @@ def load_vocabulary(tokenizer: Path | None, folder: Path, expected_size: int | N
                 f"or put {key!r} into config.json"
             )
         return Vocabulary(expected_size, None)
-    compressed = CompressedTokenizer(path)
-    if expected_size is not None and compressed.vocab_size != expected_size:
+    compressed = _folded(path)
+    if expected_size is not None and compressed.size != expected_size:
         raise VocabularyMismatch(
-            f"{path}: its tokens fold to {compressed.vocab_size} compressed ids, {key} in "
+            f"{path}: its tokens fold to {compressed.size} compressed ids, {key} in "
             f"{folder / 'config.json'} says {expected_size}; use the tokenizer the table was trained with"
         )
-    return Vocabulary(compressed.vocab_size, compressed.digest, compressed.raw_vocab_size)
+    return compressed
+
+
+def _folded(path: Path) -> Vocabulary:
+    """Folding 129,280 tokens takes seconds, so what equal files hold is worked out once a process."""
+    try:
+        content = hashlib.sha256(path.read_bytes()).digest()
+    except OSError:
+        content = b""  # CompressedTokenizer says what is wrong
+    if content not in _known:
+        found = CompressedTokenizer(path)
+        _known[content] = Vocabulary(found.vocab_size, found.digest, found.raw_vocab_size)
+    return _known[content]
+
+
+_known: dict[bytes, Vocabulary] = {}  # by the digest of a tokenizer.json
 
 
 def derive_engram_schemes(

@@ -53,7 +53,8 @@ def run(device: torch.device, scale: Scale) -> dict[str, Any]:
     part = PART * setting.table_bytes
     hbm_bytes, dram_bytes = (max(1 << 20, int(part * share)) for share in (HBM_SHARE, 1 - HBM_SHARE))
     shape = Shape(scale.model_hidden, scale.model_layers, _places(scale), _row_width(setting))
-    model = Transformer(shape, scale.seed).to(device, torch.bfloat16)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # a CPU takes long over BF16
+    model = Transformer(shape, scale.seed).to(device, dtype)
     transport = "unix" if device.type == "cuda" else "local"
     with running_services(setting, transport, ("tenth",), dram_bytes) as services:
         sources = {
