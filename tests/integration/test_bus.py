@@ -13,6 +13,7 @@ import torch
 from engram_client import Table, connect, errors
 from engram_client.gpu.bus import BusReader
 from engram_client.gpu.device_table import DeviceTable
+from engram_client.gpu.host_memory import NotRegistered
 from tests.support.daemon import Daemon, running, serve_command
 from tests.support.interpreted_checks import interpret
 from tests.support.oracle import Oracle
@@ -248,6 +249,24 @@ def test_where_no_kernel_serves_everything_is_missing(packed: PackedStore, roomy
                 assert torch.equal(reader.missing, torch.from_numpy(keys.reshape(-1) != -1))
             assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
             assert not reader.serving and not reader.refresh()
+
+
+def test_memory_that_cuda_does_not_take_is_said_once_and_the_cpu_stages(
+    packed: PackedStore, roomy: Daemon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(reader: BusReader, view: object) -> None:
+        raise NotRegistered("CUDA did not register 1048576 bytes (error 2: out of memory)")
+
+    monkeypatch.setattr(BusReader, "_words_of", refuse)
+    oracle = packed.oracles[V41]
+    with connect(roomy.unix) as client:
+        near = DeviceTable(client.table(V41), CPU, entries_max=60)
+        keys = random_keys(oracle, 20, seed=96)
+        for _ in range(3):
+            assert not near.goes_over_the_bus(keys.size)
+            assert np.array_equal(near.lookup_ngrams(torch.from_numpy(keys)), oracle.lookup_ngrams(keys))
+        (said,) = (r.getMessage() for r in caplog.records if r.name == "engram_client.gpu.bus")
+        assert "out of memory" in said and "the CPU stages its rows" in said
 
 
 def test_without_a_daemon_on_this_machine_nothing_is_found(packed: PackedStore, daemon: Daemon) -> None:

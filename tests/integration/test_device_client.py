@@ -106,6 +106,11 @@ def test_steps_take_tokens_on_a_device(packed: PackedStore, roomy: Daemon) -> No
             assert torch.equal(embeddings, client.table(V41).dequantize(torch.from_numpy(expected)))
 
 
+def test_want_of_device_memory_is_said() -> None:
+    with pytest.raises(errors.BadRequest, match="has no 4503599627370496 bytes"):
+        Carrier(CPU).empty((1 << 50, 4))
+
+
 def test_rows_picked_on_the_way(small_buffers: Carrier) -> None:
     random = np.random.default_rng(25)
     rows = random.integers(0, 256, (40, 3, 704), np.uint8)
