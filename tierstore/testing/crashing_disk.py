@@ -191,6 +191,9 @@ class CrashingDisk(Disk):
         self._open[self._next_fd] = folder.names[path.name], path
         return self._next_fd
 
+    def open_direct(self, path: Path) -> int:
+        return self.open(path)
+
     def close(self, fd: int) -> None:
         self._open.pop(fd, None)
 

@@ -6,6 +6,7 @@ one file. Names (created, renamed, unlinked) survive once their folder is synced
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +15,7 @@ import numpy as np
 
 from tierstore.devices.base import PageRead
 from tierstore.devices.opening import open_reader
-from tierstore.format.direct import sync_folder
+from tierstore.format.direct import leave_direct, open_direct, sync_folder
 from tierstore.store.lock import acquire_lock
 from tierstore.updates.step_index import LmdbSteps, StepIndex
 
@@ -54,6 +55,10 @@ class Disk:
         """A descriptor to read and write `path`."""
         return os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o644)
 
+    def open_direct(self, path: Path) -> int:
+        """A descriptor that writes past the page cache: aligned memory, whole sectors. As `open` where none can."""
+        return open_direct(path, os.O_RDWR)
+
     def close(self, fd: int) -> None:
         os.close(fd)
 
@@ -64,7 +69,13 @@ class Disk:
         """All of `data`, uint8, at byte `offset`."""
         view, done = data.data, 0
         while done < len(view):
-            done += os.pwrite(fd, view[done : done + WRITE_BYTES], offset + done)
+            try:
+                done += os.pwrite(fd, view[done : done + WRITE_BYTES], offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not leave_direct(
+                    fd, Path(os.readlink(f"/proc/self/fd/{fd}"))
+                ):
+                    raise
 
     def read(self, fd: int, into: np.ndarray, offset: int) -> int:
         """Fill `into`, uint8, from byte `offset`; fewer bytes only at the file's end."""

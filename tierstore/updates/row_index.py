@@ -49,7 +49,8 @@ class RowIndex:
         return rows[order], positions[order]
 
     def _rebuild(self, least: int, expected: int) -> None:
-        keys, values, places = self._keys, self._values, FIRST_PLACES
+        keys, values = self._keys, self._values
+        places = max(FIRST_PLACES, keys.size // 8)  # it will grow again: new memory is what costs
         while expected > LOAD_MAX * places:
             places *= 2
         self._make(places)

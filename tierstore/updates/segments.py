@@ -45,6 +45,7 @@ class Segment:
     end: int  # position behind its last block
     path: Path
     fd: int
+    direct: int = -1  # to append by, past the page cache
     users: int = 0
     dropped: bool = False
 
@@ -75,13 +76,19 @@ class Segments:
         self.all.sort(key=lambda segment: segment.number)
 
     def append(self, block: np.ndarray, position: int) -> Segment:
-        """Write a block behind all others; a new segment where it does not fit. Raises OSError."""
+        """Write a block, in page-aligned memory, behind all others; a new segment where it does not fit.
+
+        Raises OSError.
+        """
         tail = self._tail
         if tail is None or tail.offset(position) + block.size > self._segment_bytes:
             self.sync()  # so that a commit has only the last one to sync
+            if tail:
+                self._disk.close(tail.direct)
+                tail.direct = -1
             self._tail = None
             tail = self._tail = self._make(position)
-        self._disk.write(tail.fd, block, tail.offset(position))
+        self._disk.write(tail.direct, block, tail.offset(position))
         tail.end = position + block.size
         return tail
 
@@ -137,6 +144,8 @@ class Segments:
     def close(self) -> None:
         for segment in self.all:
             self._disk.close(segment.fd)
+            if segment.direct >= 0:
+                self._disk.close(segment.direct)
         self.all = []
 
     def _make(self, base: int) -> Segment:
@@ -152,12 +161,13 @@ class Segments:
             self._disk.write(fd, np.frombuffer(page, np.uint8), 0)
             self._disk.sync(fd)
             self._disk.sync_folder(self.folder)
+            direct = self._disk.open_direct(path)
         except BaseException:
             self._disk.close(fd)
             with suppress(OSError):
                 self._disk.unlink(path)
             raise
-        segment = Segment(number, base, base, path, fd)
+        segment = Segment(number, base, base, path, fd, direct)
         with self._lock:
             self.all.append(segment)
         return segment
