@@ -56,7 +56,7 @@ class Disk:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o644)
 
     def open_direct(self, path: Path) -> int:
-        """A descriptor that writes past the page cache: aligned memory, whole sectors. As `open` where none can."""
+        """As `open`, past the page cache where that can be: aligned memory, whole sectors."""
         return open_direct(path, os.O_RDWR)
 
     def close(self, fd: int) -> None:
