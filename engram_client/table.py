@@ -56,11 +56,12 @@ def _kept(query: _Query) -> _Query:
 class Table:
     """A table of a connected service; made by `Client.table`. Thread safe.
 
-    Ids and keys are int64 or int32, numpy arrays or torch tensors; rows come back as the same kind.
-    -1 means "no row here" and is answered with zeros; any other negative number is an error.
-    `heads=slice(a, b)` copies only those heads of each order. `timeout` is in seconds, None for no
-    limit. Every call may raise BadRequest or one of its kinds, GenerationMismatch once the
-    table has been packed anew, DeadlineExceeded, Unavailable, StorageError or DataCorrupt.
+    Ids and keys are int64 or int32, numpy arrays or torch tensors; rows come back as the same kind. Of ids
+    on a device the host waits for their copy alone, of prefetched ones nobody does: what is wrong with those
+    is raised by `wait`. -1 means "no row here" and is answered with zeros; any other negative number is an
+    error. `heads=slice(a, b)` copies only those heads of each order. `timeout` is in seconds, None for no
+    limit. Every call may raise BadRequest or one of its kinds, GenerationMismatch once the table has been
+    packed anew, DeadlineExceeded, Unavailable, StorageError or DataCorrupt.
     """
 
     def __init__(

@@ -54,6 +54,7 @@ from engram_client.arena.shared_read import (
     TABLE_OWNER,
     TOUCH_REGION,
 )
+from engram_client.gpu.bus_launch import SCRATCH_WORDS
 from engram_client.gpu.system_memory import (
     acquire_at,
     again_at,
@@ -64,7 +65,6 @@ from engram_client.gpu.system_memory import (
     words_at,
 )
 
-SCRATCH_WORDS = 4  # of an entry
 _SEEN, _WAY, _VERDICT = (tl.constexpr(n) for n in (0, 1, 2))
 _ABSENT, _STALE, _WHOLE = (tl.constexpr(n) for n in (0, 1, 2))  # verdicts
 _TRIES, _WAYS = tl.constexpr(TRIES), tl.constexpr(WAYS)
@@ -79,7 +79,7 @@ _QUEUE, _AWAITED, _SMALL_READ, _MAIN_READ = (
 )
 _TOUCH, _SET_SHIFT, _WAY_SHIFT = (tl.constexpr(n) for n in (TOUCH, TOUCH_SET_SHIFT, TOUCH_WAY_SHIFT))
 _MISSED, _MASKED, _TOUCHED = (tl.constexpr(n) for n in (MISSED, MASKED, TOUCHED))
-_LISTED = tl.constexpr(LISTED_WORDS)
+_LISTED, _SCRATCH_WORDS = tl.constexpr(LISTED_WORDS), tl.constexpr(SCRATCH_WORDS)
 
 
 @triton.jit
@@ -181,7 +181,7 @@ def read_records(
     key = tl.load(keys + i)
     owner = tl.load(view + _OWNER) + i % ORDERS
     lanes = tl.arange(0, TILE).to(tl.int64)
-    scratch += i * 4
+    scratch += i * _SCRATCH_WORDS
     looking = (tl.load(view + _NEW + _INDEX) != 0) & (key >= 0)
     if looking:  # else there may be no control word
         served = acquire_at(tl.load(view + _CONTROL), INTERPRETED) == tl.load(view + _SERVING)

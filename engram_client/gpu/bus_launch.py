@@ -14,6 +14,7 @@ from engram_client.errors import BadRequest
 from engram_client.gpu.pinned import pinned_bytes
 from engram_client.gpu.probe import KernelGroup, interpreted, made_current
 
+SCRATCH_WORDS = 4  # of an entry, through which the threads of a program agree
 CHUNKS_OF_A_THREAD = 8  # that a record takes in registers
 PART_BYTES_MAX = 1 << 16
 UNIT_DTYPES = {16: torch.int64, 8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -26,7 +27,7 @@ class Lists:
     listed   int64 [entries_max, 2], pinned: position and id of what is missing
     touches  int64 [a power of two], pinned: a ring
     counters int64 [COUNTERS], on the device; told: the same, pinned, as of the last read
-    scratch  int64 [entries_max, 4], on the device
+    scratch  int64 [entries_max, SCRATCH_WORDS], on the device
     """
 
     listed: Tensor
@@ -53,7 +54,7 @@ class Lists:
             touches=pinned(touches),
             counters=there(listed_read.COUNTERS),
             told=pinned(listed_read.COUNTERS),
-            scratch=there(entries_max, 4),
+            scratch=there(entries_max, SCRATCH_WORDS),
         )
 
 

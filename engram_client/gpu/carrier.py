@@ -174,7 +174,8 @@ class Carrier:
 
 
 def _copy(source: Tensor, target: Tensor) -> None:
-    target.copy_(source, non_blocking=True)
+    on_cuda = "cuda" in (source.device.type, target.device.type)  # whose streams the events are of
+    target.copy_(source, non_blocking=on_cuda)
 
 
 _carriers: dict[tuple[int, torch.device], Carrier] = {}
