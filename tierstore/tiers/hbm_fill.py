@@ -192,6 +192,11 @@ class DeviceFill:
         DataCorrupt naming file, page and rows, DeadlineExceeded, BadRequest for rows larger than a page;
         then the content of `out` is undefined.
         """
+        if table.geometry.epochs:
+            raise BadRequest(
+                f"table {table.spec.name!r} is being trained: its pages have epochs, which are not checked on a "
+                "device; look its rows up"
+            )
         if not table.geometry.rows_per_page:
             raise BadRequest(
                 f"table {table.spec.name!r}: rows of {table.geometry.row_bytes} bytes are larger than a page "
