@@ -194,8 +194,8 @@ class DeviceFill:
         """
         if table.geometry.epochs:
             raise BadRequest(
-                f"table {table.spec.name!r} is being trained: its pages have epochs, which are not checked on a "
-                "device; look its rows up"
+                f"table {table.spec.name!r} is in training: its pages have epochs, which are not checked on "
+                "a device; look its rows up"
             )
         if not table.geometry.rows_per_page:
             raise BadRequest(
