@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from engram_client.hbm import HbmTable
 from engram_client.hbm.daemon import DaemonTable, hot_table
 from tests.support.daemon import Daemon, running, serve_command
 from tests.support.stores import PLE, V41, V41_14, V41_ROWS, PackedStore, eventually, random_keys
+from tierstore import cli
 
 HOT = {"hbm_device": "cpu", "hbm_promote_period_s": 0.01, "hbm_promote_reads": 1}
 BUDGET = 8 << 20
@@ -111,7 +113,9 @@ def test_what_is_refused(client: Client) -> None:
         DaemonTable(client.table(V41), "no-such")
 
 
-def test_the_budget_changes_while_it_serves(client: Client, packed: PackedStore) -> None:
+def test_the_budget_changes_while_it_serves(
+    client: Client, packed: PackedStore, hot_daemon: Daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
     keys = random_keys(packed.oracles[V41], 40, seed=1)
     hot = DaemonTable(client.table(V41), "cpu")
     assert eventually(lambda: is_hot(client, hot, keys))
@@ -127,7 +131,17 @@ def test_the_budget_changes_while_it_serves(client: Client, packed: PackedStore)
     with pytest.raises(errors.ConfigError, match=r"hbm\.budget_bytes"):
         client.set_hbm_budget(100)
     assert client.stats()["hbm_budget_bytes"] == BUDGET // 2
-    client.set_hbm_budget(BUDGET)
+    options = [
+        "--connect",
+        hot_daemon.unix,
+        "--set",
+        "hbm.budget_bytes=8MiB",
+        "--set",
+        "dram.budget_bytes=9MiB",
+    ]
+    assert cli.main(["config", *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"dram.budget_bytes": 9 << 20, "hbm.budget_bytes": BUDGET}
+    client.set_dram_budget(8 << 20)
 
 
 def test_rows_are_right_while_others_drive_them_out(

@@ -34,6 +34,7 @@ from torch import Tensor
 from engram_client.deadline import Deadline
 from engram_client.errors import BadRequest, DeadlineExceeded, StorageError
 from engram_client.gpu import Event, pinned_bytes, record_current
+from engram_client.gpu.probe import out_of_memory
 from engram_client.gpu.streams import HOST_EVENT
 from tierstore.devices.base import PageRead, PageReader, PageReadFailed
 from tierstore.devices.files import OpenFile
@@ -210,7 +211,9 @@ class DeviceFill:
             raise deadline.exceeded("waiting for another read in bulk")
         try:
             return self._read(bulk)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             raise BadRequest(
                 f"{self.device} ran out of memory while {row_ids.size} rows were read in bulk: "
                 f"{str(error).partition(chr(10))[0]}; ask for fewer at a time"

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engram_client.gpu.probe import made_current
+
 PAGES_A_PROGRAM, ROWS_A_PROGRAM = 32, 8
 
 PRIME1: tl.constexpr = tl.constexpr(0x9E3779B185EBCA87)
@@ -104,13 +106,16 @@ def launch_bad_pages(pages: Tensor, slots: Tensor, numbers: Tensor, uuid: Tensor
     count = len(slots)
     bad = torch.empty(count, dtype=torch.int8, device=pages.device)
     grid = (triton.cdiv(count, PAGES_A_PROGRAM),)
-    bad_pages_kernel[grid](pages, slots, numbers, uuid, bad, count, BLOCK=PAGES_A_PROGRAM, num_warps=1)
+    with made_current(pages.device):
+        bad_pages_kernel[grid](pages, slots, numbers, uuid, bad, count, BLOCK=PAGES_A_PROGRAM, num_warps=1)
     return bad.view(torch.bool)
 
 
 def launch_gather_rows(words: Tensor, starts: Tensor, targets: Tensor, rows: Tensor) -> None:
     count, width = len(starts), rows.shape[1]
     grid = (triton.cdiv(count, ROWS_A_PROGRAM),)
-    gather_rows_kernel[grid](
-        words, starts, targets, rows, count, width, ROWS=ROWS_A_PROGRAM, WIDTH=triton.next_power_of_2(width)
-    )
+    padded = triton.next_power_of_2(width)
+    with made_current(words.device):
+        gather_rows_kernel[grid](
+            words, starts, targets, rows, count, width, ROWS=ROWS_A_PROGRAM, WIDTH=padded
+        )
