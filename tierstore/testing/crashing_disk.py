@@ -216,6 +216,9 @@ class CrashingDisk(Disk):
     def sync(self, fd: int) -> None:
         self._file("sync", fd).sync()
 
+    def sync_size(self, fd: int) -> None:
+        self._file("sync", fd).sync()
+
     def reserve(self, fd: int, count: int) -> None:
         file = self._file("reserve", fd)
         self._check_room(count - max(file.reserved, file.size))

@@ -90,6 +90,10 @@ class Disk:
     def sync(self, fd: int) -> None:
         os.fdatasync(fd)
 
+    def sync_size(self, fd: int) -> None:
+        """As `sync`, also where a file has become shorter, which fdatasync may leave for later."""
+        os.fsync(fd)
+
     def reserve(self, fd: int, count: int) -> None:
         """Have room for the first `count` bytes of a file set aside; they read as zeros."""
         os.posix_fallocate(fd, 0, count)

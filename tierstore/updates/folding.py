@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from engram_client.errors import StorageError
+from engram_client.errors import DataCorrupt, StorageError
 from tierstore.updates.fold import FoldParts, fold
 from tierstore.updates.scan import Committed
 from tierstore.updates.steps import Steps
@@ -69,6 +69,20 @@ class Folding:
             self._changed.notify_all()
         return True
 
+    def run(self) -> bool:
+        """Fold all that can be folded now; False where there was nothing. Raises StorageError."""
+        done = False
+        while True:
+            if self.step():
+                done = True
+                continue
+            with self._changed:
+                if self.failure:
+                    raise self.failure
+                if not self._working:
+                    return done
+                self._changed.wait()  # for the thread, which is at it
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """No fold is under way within; one that was is given up between two batches."""
@@ -95,8 +109,8 @@ class Folding:
         return possible
 
     def try_again(self) -> None:
-        """Room may have been made; `changed` is held."""
-        if self.failure is not None:
+        """Room may have been made, which mends everything but damage; `changed` is held."""
+        if self.failure is not None and not isinstance(self.failure, DataCorrupt):
             self.failure = None
             self._changed.notify_all()
 
@@ -138,6 +152,9 @@ class Folding:
                 self.step()
             except StorageError as error:
                 log.error("folding stopped: %s", error)
+            except Exception as error:  # nobody waits for a thread that has died
+                log.exception("folding stopped")
+                self._fail(StorageError(f"folding the update log into pages failed: {error!r}"))
 
     def _end(self) -> None:
         with self._changed:

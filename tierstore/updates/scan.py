@@ -74,12 +74,12 @@ class Scan:
         found, waiting = Scanned(end=start), []
         position, number, previous, at = start, None, None, self._segment_at(start)
         while at is not None:
+            if at + 1 < len(self._segments.all) and self._segments.all[at + 1].base == position:
+                at += 1  # whatever lies in the old one there was cut off before the new one was made
             header, own = self._header(self._segments.all[at], position, number, previous)
             whole = header is not None and (header.end <= durable or self._is_whole(at, header))
             if header is None or not whole:
-                following = at + 1 < len(self._segments.all) and self._segments.all[at + 1].base == position
-                at = at + 1 if following and header is None else None
-                continue
+                break
             position, number, previous = header.end, header.number + 1, own
             durable = max(durable, header.durable)
             self._segments.all[at].end = position

@@ -121,7 +121,7 @@ class Segments:
         """Remove what lies at `position` or behind: a crash left it. Durable when this returns."""
         for segment in [s for s in self.all if s.base < position][-1:]:
             self._disk.truncate(segment.fd, segment.offset(position))
-            self._disk.sync(segment.fd)
+            self._disk.sync_size(segment.fd)
             segment.end = position
         self._drop([s for s in reversed(self.all) if s.base >= position])
 

@@ -257,10 +257,7 @@ class RowStorage:
 
         Raises StorageError; everything is in the log still then.
         """
-        done = False
-        while self._folding.step():
-            done = True
-        return done
+        return self._folding.run()
 
     def fold_batch(self) -> bool:
         """One batch of pages of a fold, begun where none is under way; False where there is nothing to do."""
@@ -286,7 +283,10 @@ class RowStorage:
             }
 
     def close(self) -> None:
-        """Wait for commits on their way, then let go. What was spilled and not committed is gone."""
+        """Wait for commits on their way, then let go. What was spilled and not committed is gone.
+
+        Nobody may be reading any more: files are closed.
+        """
         if self._closed:
             return
         try:

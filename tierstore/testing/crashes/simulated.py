@@ -250,10 +250,11 @@ class SimulatedRun:
         self._points.append(point)
         try:
             point.commit = storage.commit(step, dirty, point.state)
-        except Overloaded:
-            self._points.remove(point)
-            storage.rollback(last.step) if last.step in storage.steps() else None
-            return
+        except Overloaded:  # by snapshots alone; what had been queued of it is queued once more
+            for snapshot, _ in self._snapshots:
+                snapshot.close()
+            self._snapshots = []
+            point.commit = storage.commit(step, dirty, point.state)
         self._now = [r.copy() for r in rows]
 
     def _write(self, storage: RowStorage) -> None:
