@@ -14,7 +14,7 @@ the records, way after way, set after set; after them come the *ghosts*, 16 byte
     ghost line     0..15  uint8  ghosts[16]  lower bits of the same, for writers alone
     slot           0..7   int64  key
                    8..15  int64  owner       table number << 8 | order
-                  16..    uint8  record      then padding to a multiple of 16
+                  16..    uint8  record      then padding to a multiple of 8
 
 A reader notes the sequence, matches tags, compares key and owner in full, copies, and accepts the
 copy only if the sequence is still the same and even; after a few tries it calls the record a miss.
@@ -37,7 +37,7 @@ TAGS_AT, STATES_AT, SEQUENCE_AT, GHOSTS_AT = 0, 32, 48, 56
 SMALL, SMALL_READ, MAIN, MAIN_READ = 0, 2, 3, 7  # the two ends of each queue's reads, in a state
 QUEUE_MASK, WANTED, PLACE_SHIFT = 7, 8, 4
 KEY_AT, OWNER_AT, RECORD_AT = 0, 8, 16
-SLOT_ALIGNMENT_BYTES = 16
+SLOT_ALIGNMENT_BYTES = 8
 
 ORDER_BITS = 8  # of an owner
 

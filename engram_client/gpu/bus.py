@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from engram_client.arena import listed_read
+from engram_client.arena.layout import slot_bytes_for
 from engram_client.arena.shared_read import (
     CONTROL,
     INDEX,
@@ -109,8 +110,10 @@ class BusReader:
         self.entries_max = entries_max
         self._table, self._heads, self._keep_masked = table, heads, keep_masked
         self._orders, first, heads_copied = _part_of(table, heads)
-        self._part_at = first * table.spec.row_bytes  # of a record: known also while there is no view
         self.entry_bytes = heads_copied * table.spec.row_bytes
+        # What the addresses of rows are multiples of, in bytes: known also while there is no view.
+        sizes = (self.entry_bytes, first * table.spec.row_bytes, slot_bytes_for(table.spec.record_bytes))
+        self._unit_max = math.gcd(16, *sizes)
         check_part_bytes(self.entry_bytes)
         with torch.inference_mode(False):
             self._view = torch.zeros(VIEW_WORDS, dtype=torch.int64, device=self.device)
@@ -204,7 +207,7 @@ class BusReader:
             self._lists.counters[:2].zero_()
             if self._kernel_serves:
                 view = self._view if self.device.type == "cuda" else torch.from_numpy(self._words)
-                unit = math.gcd(16, self.entry_bytes, self._part_at, out.data_ptr())
+                unit = math.gcd(self._unit_max, out.data_ptr())
                 launch(view, flat, rows, self.missing, self._lists, self._orders, self._keep_masked, unit)
             else:
                 find_nothing(flat, rows, self.missing, self._lists, self._keep_masked)

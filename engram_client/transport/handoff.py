@@ -23,7 +23,7 @@ from typing import Any
 from engram_client.errors import TierstoreError
 
 SUFFIX = ".shm"  # of the socket's path, behind that of gRPC's
-VERSION = 2
+VERSION = 3
 HELLO = struct.Struct("<8sII")
 MAGIC = b"tierstor"
 MESSAGE_BYTES_MAX = 160 << 10  # what a socket takes at once without being told to
