@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from engram_client.spec import Field, RowLayout, TableSpec
+from tierstore.format.reads import FileRows
 from tierstore.format.rowfile import RowFile
 from tierstore.format.source import Extent, TableSource
 from tierstore.format.writer import RowFileJob, finish, write_rows
@@ -46,7 +47,7 @@ def write_row_file(
     spec = spec or TableSpec(source.name, "0" * 32, uuid.uuid4().hex, source.rows, source.layout, "row")
     job = RowFileJob.plan(source, spec, partial, leaf_pages)
     journal = job.open_journal()
-    write_rows(job, journal, lambda rows: None, lambda rows: None)
+    write_rows(job, FileRows(source), journal, lambda rows: None, lambda rows: None)
     return RowFile.open(finish(job, journal, folder / "done"))
 
 

@@ -22,6 +22,7 @@ SERVICE_LAYERS = (
     "tiers",
     "store",
     "updates",
+    "snapshots",
     "training",
     "shm",
     "rpc",

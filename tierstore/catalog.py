@@ -20,7 +20,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,20 +117,29 @@ class Catalog:
 
         Returns the entry it replaces, which is retired in the same transaction, or None.
         """
-        key = spec.name.encode()
+        return self.publish_together([(spec, file_name)])[0]
 
-        def write(txn: Any, databases: dict[str, Any]) -> CatalogEntry | None:
-            replaced = txn.get(key, db=databases["tables"])
-            old = self._decode(replaced, "retired") if replaced else None
-            if old and old.spec.generation != spec.generation:
-                value = json.loads(replaced) | {"retired_unix_s": time.time()}
-                txn.put(_retired_key(old.spec), json.dumps(value).encode(), db=databases["retired"])
-            txn.delete(_retired_key(spec), db=databases["retired"])
-            value = {"spec": spec.to_json(), "file": file_name, "retired_unix_s": None}
-            txn.put(key, json.dumps(value).encode(), db=databases["tables"])
-            return old if old and old.spec.generation != spec.generation else None
+    def publish_together(self, tables: Sequence[tuple[TableSpec, str]]) -> list[CatalogEntry | None]:
+        """`publish` of several tables: all of them, or none."""
+
+        def write(txn: Any, databases: dict[str, Any]) -> list[CatalogEntry | None]:
+            return [self._publish(txn, databases, spec, file_name) for spec, file_name in tables]
 
         return self._run(write, write=True)
+
+    def _publish(
+        self, txn: Any, databases: dict[str, Any], spec: TableSpec, file_name: str
+    ) -> CatalogEntry | None:
+        key = spec.name.encode()
+        replaced = txn.get(key, db=databases["tables"])
+        old = self._decode(replaced, "retired") if replaced else None
+        if old and old.spec.generation != spec.generation:
+            value = json.loads(replaced) | {"retired_unix_s": time.time()}
+            txn.put(_retired_key(old.spec), json.dumps(value).encode(), db=databases["retired"])
+        txn.delete(_retired_key(spec), db=databases["retired"])
+        value = {"spec": spec.to_json(), "file": file_name, "retired_unix_s": None}
+        txn.put(key, json.dumps(value).encode(), db=databases["tables"])
+        return old if old and old.spec.generation != spec.generation else None
 
     def forget(self, entry: CatalogEntry) -> None:
         """Remove a retired generation from the catalog; its file is the caller's to remove first."""

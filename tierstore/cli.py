@@ -19,6 +19,9 @@ COMMANDS = {
     "inspect": "say what a row file or store directory holds",
     "verify": "read every page and compare its checksum",
     "adopt": "take row files into the catalog that are not in it",
+    "export": "write a committed step of a training store as a checkpoint",
+    "publish": "make the weights of a committed step a generation that is served",
+    "snapshot": "copy a committed step into a training store of its own",
     "rollback": "make an earlier generation of a table current again",
     "config": "check and show the configuration",
 }

@@ -6,11 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from engram_client.errors import FormatError, StorageError
-from tierstore.format.source import TableSource
+from tierstore.format.source import TableRows, TableSource
 
 OPEN_FILES_MAX = 8
 
@@ -25,7 +26,7 @@ class Read:
     at: int
 
 
-def staging_starts(source: TableSource, batch_rows: int) -> np.ndarray:
+def staging_starts(source: TableRows, batch_rows: int) -> np.ndarray:
     """Where each field's dense run starts in a staging buffer of `batch_rows` rows; int64."""
     sizes = [field.bytes for field in source.layout.fields]
     return np.array([batch_rows * sum(sizes[:f]) for f in range(len(sizes))], dtype=np.int64)
@@ -44,6 +45,28 @@ def plan_reads(source: TableSource, first_row: int, last_row: int, batch_rows: i
                 at = int(start) + (first - first_row) * field.bytes
                 reads.append(Read(extent.path, offset, (last - first) * field.bytes, at))
     return reads
+
+
+class RowReader(Protocol):
+    """Where the rows of a table come from; used by one thread."""
+
+    def read(self, first_row: int, last_row: int, batch_rows: int, staging: np.ndarray) -> None:
+        """Rows [first_row, last_row) into `staging`, field by field at `staging_starts(..., batch_rows)`."""
+
+    def close(self) -> None: ...
+
+
+class FileRows:
+    """Rows out of the files of a checkpoint."""
+
+    def __init__(self, source: TableSource) -> None:
+        self._source, self._files = source, SourceFiles()
+
+    def read(self, first_row: int, last_row: int, batch_rows: int, staging: np.ndarray) -> None:
+        self._files.read_all(plan_reads(self._source, first_row, last_row, batch_rows), staging)
+
+    def close(self) -> None:
+        self._files.close()
 
 
 class SourceFiles:

@@ -21,12 +21,8 @@ class Extent:
 
 
 @dataclass(frozen=True)
-class TableSource:
-    """One table of a checkpoint, before it is packed.
-
-    `fields` holds, for each field of `layout` in its order, the extents that cover rows
-    [0, rows) in ascending order, without a gap or an overlap. Raises FormatError otherwise.
-    """
+class TableRows:
+    """What a table's rows are, wherever they come from. Raises FormatError where that makes no sense."""
 
     name: str
     model: str | None
@@ -34,11 +30,29 @@ class TableSource:
     rows: int
     layout: RowLayout
     scheme: HashScheme | None
-    fields: tuple[tuple[Extent, ...], ...]
 
     def __post_init__(self) -> None:
         if self.rows < 1:
             raise FormatError(f"table {self.name!r}: it has {self.rows} rows; a table needs at least one")
+        if self.scheme and self.scheme.rows > self.rows:
+            raise FormatError(
+                f"table {self.name!r}: its hash scheme names rows up to {self.scheme.rows - 1}, "
+                f"but there are {self.rows} rows"
+            )
+
+
+@dataclass(frozen=True)
+class TableSource(TableRows):
+    """One table of a checkpoint, before it is packed.
+
+    `fields` holds, for each field of `layout` in its order, the extents that cover rows
+    [0, rows) in ascending order, without a gap or an overlap. Raises FormatError otherwise.
+    """
+
+    fields: tuple[tuple[Extent, ...], ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.fields) != len(self.layout.fields):
             raise FormatError(
                 f"table {self.name!r}: its layout has {len(self.layout.fields)} fields, "
@@ -46,11 +60,6 @@ class TableSource:
             )
         for field, extents in zip(self.layout.fields, self.fields, strict=True):
             _check_cover(f"table {self.name!r}, field {field.name!r}", extents, self.rows)
-        if self.scheme and self.scheme.rows > self.rows:
-            raise FormatError(
-                f"table {self.name!r}: its hash scheme names rows up to {self.scheme.rows - 1}, "
-                f"but the checkpoint holds {self.rows} rows"
-            )
 
     @property
     def files(self) -> tuple[Path, ...]:

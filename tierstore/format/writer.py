@@ -1,6 +1,6 @@
 """Packing one table: read ahead, interleave and seal, write behind, and note what is safe.
 
-    reader thread     leaf i+2 of the checkpoint into a staging buffer
+    reader thread     leaf i+2 of the rows' origin into a staging buffer
     caller's thread   leaf i from staging into pages, sealed           (kernel, without the GIL)
     writer threads    leaves i-1, i-2 past the page cache into the row file
     sync thread       after every few hundred MiB: fdatasync, then the journal names the leaves
@@ -35,8 +35,8 @@ from tierstore.format.direct import (
 from tierstore.format.geometry import PAGE_BYTES, PAYLOAD_BYTES, Geometry
 from tierstore.format.header import LEAF_PAGES, Header, description_of, description_pages, sealed_pages
 from tierstore.format.journal import Journal
-from tierstore.format.reads import SourceFiles, plan_reads, staging_starts
-from tierstore.format.source import TableSource
+from tierstore.format.reads import RowReader, staging_starts
+from tierstore.format.source import TableRows
 from tierstore.format.tree import NO_GENERATION, generation_of, leaf_count, leaf_digest
 from tierstore.kernels.pack import pack_large_rows, pack_rows
 
@@ -51,7 +51,7 @@ OnRows = Callable[[int], None]
 class RowFileJob:
     """One row file to be written: whence, where to, and all of its header but the generation."""
 
-    source: TableSource
+    source: TableRows
     spec: TableSpec  # generation still unknown: 32 zeros
     header: Header
     path: Path  # the partial file
@@ -60,7 +60,7 @@ class RowFileJob:
 
     @classmethod
     def plan(
-        cls, source: TableSource, spec: TableSpec, folder: Path, leaf_pages: int = LEAF_PAGES
+        cls, source: TableRows, spec: TableSpec, folder: Path, leaf_pages: int = LEAF_PAGES
     ) -> RowFileJob:
         """Lay out the row file of `source`, to be written inside `folder`. Raises FormatError."""
         if source.layout.row_bytes > MAX_ROW_BYTES:
@@ -96,8 +96,10 @@ class RowFileJob:
         return Journal.open(self.journal_path, identity)
 
 
-def write_rows(job: RowFileJob, journal: Journal, on_packed: OnRows, on_safe: OnRows) -> None:
-    """Write every data page the journal does not name yet.
+def write_rows(
+    job: RowFileJob, rows: RowReader, journal: Journal, on_packed: OnRows, on_safe: OnRows
+) -> None:
+    """Write every data page the journal does not name yet; `rows` is closed at the end.
 
     `on_packed(rows)` is told from this thread how many rows are packed, `on_safe(rows)` from
     another one how many are forced to disk and named in the journal.
@@ -107,7 +109,8 @@ def write_rows(job: RowFileJob, journal: Journal, on_packed: OnRows, on_safe: On
         sync_folder(job.path.parent)  # a journal that names rows of a lost file would lose them
         _check_resumable(job, journal, fd)
         with ExitStack() as stack:
-            pipeline = _Pipeline(job, journal, fd, on_safe, stack)
+            stack.callback(rows.close)
+            pipeline = _Pipeline(job, rows, journal, fd, on_safe, stack)
             pipeline.run(on_packed)
     finally:
         os.close(fd)
@@ -154,15 +157,15 @@ def _check_resumable(job: RowFileJob, journal: Journal, fd: int) -> None:
 class _Pipeline:
     """The buffers and threads of one `write_rows`."""
 
-    def __init__(self, job: RowFileJob, journal: Journal, fd: int, on_safe: OnRows, stack: ExitStack) -> None:
-        self.job, self.journal, self.fd, self.on_safe = job, journal, fd, on_safe
+    def __init__(
+        self, job: RowFileJob, rows: RowReader, journal: Journal, fd: int, on_safe: OnRows, stack: ExitStack
+    ) -> None:
+        self.job, self.rows, self.journal, self.fd, self.on_safe = job, rows, journal, fd, on_safe
         layout, leaf_pages = job.source.layout, job.header.leaf_pages
         self.staging = [aligned_bytes(job.leaf_rows * layout.row_bytes) for _ in range(DEPTH)]
         self.pages = [aligned_bytes(leaf_pages * PAGE_BYTES) for _ in range(DEPTH)]
         self.starts = staging_starts(job.source, job.leaf_rows)
         self.sizes = np.array([field.bytes for field in layout.fields], dtype=np.int64)
-        self.files = SourceFiles()
-        stack.callback(self.files.close)
         self.reader, self.writer, self.syncer = (
             self._threads(stack, count, role) for count, role in ((1, "read"), (2, "write"), (1, "sync"))
         )
@@ -196,8 +199,7 @@ class _Pipeline:
     def _read(self, leaf: int) -> None:
         # The kernel's own read-ahead is enough; POSIX_FADV_WILLNEED would crowd out the writes.
         first_row, last_row = self.job.rows_in(leaf), self.job.rows_in(leaf + 1)
-        reads = plan_reads(self.job.source, first_row, last_row, self.job.leaf_rows)
-        self.files.read_all(reads, self.staging[leaf % DEPTH])
+        self.rows.read(first_row, last_row, self.job.leaf_rows, self.staging[leaf % DEPTH])
 
     def _pack(self, leaf: int) -> tuple[np.ndarray, int]:
         """Pages of one leaf, uint64 [n, 512], and how many of them are filled."""

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from engram_client.errors import BadRequest, FormatError
 from engram_client.spec import Addressing, TableSpec, layout_from_json, scheme_from_json
 from tierstore.format.direct import sync_folder, write_error
-from tierstore.format.source import Extent, TableSource
+from tierstore.format.source import Extent, TableRows, TableSource
 
 Consume = Literal["no", "yes", "force"]
 
@@ -165,7 +165,7 @@ def plan_folder(packing: Path, origin: Path) -> Path:
     return packing / f"plan-{blake2b(os.fsencode(origin), digest_size=8).hexdigest()}"
 
 
-def choose_addressing(source: TableSource, wanted: str) -> Addressing:
+def choose_addressing(source: TableRows, wanted: str) -> Addressing:
     """Record wherever row ids of an n-gram determine its key, unless the user says otherwise."""
     if wanted == "row":
         return "row"

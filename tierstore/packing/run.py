@@ -13,6 +13,7 @@ from engram_client.spec import TableSpec
 from tierstore.catalog import Catalog
 from tierstore.format.direct import sync_folder
 from tierstore.format.header import LEAF_PAGES
+from tierstore.format.reads import FileRows
 from tierstore.format.rowfile import RowFile
 from tierstore.format.source import TableSource
 from tierstore.format.sources import open_checkpoint
@@ -196,6 +197,7 @@ class _Run:
         self.folder, self.plan, self.options, self.catalog = folder, plan, options, catalog
         self.notify, self.on_progress = notify, on_progress
         published = {entry.spec.uuid for entry in catalog.tables().values()}
+        self.sources = {table.source.name: table.source for table in plan.tables}
         self.jobs = {
             table.source.name: replace(
                 RowFileJob.plan(table.source, table.spec, folder / "packing" / table.source.name, leaf_pages),
@@ -235,8 +237,12 @@ class _Run:
                 f"table {name}: the first {resumed_rows} of {job.source.rows} rows are packed already"
             )
         if resumed_rows < job.source.rows:
-            write_rows(job, self.journals[name], on_packed, lambda rows: consumer.on_safe(name, rows))
-            self.plan.check_unchanged(job.source.files)
+            source = self.sources[name]
+            write_rows(
+                job, FileRows(source), self.journals[name], on_packed,
+                lambda rows: consumer.on_safe(name, rows),
+            )  # fmt: skip
+            self.plan.check_unchanged(source.files)
         path = finish(job, self.journals[name], self.folder / "tables" / name)
         spec = RowFile.open(path).spec
         self._publish(spec, path)

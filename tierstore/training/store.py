@@ -40,7 +40,7 @@ from tierstore.training.table import TrainedTable
 from tierstore.training.trainers import Contribution, Trainers, merged_rates, total_entries
 from tierstore.training.turn import Turn
 from tierstore.training.update import Update, Updater
-from tierstore.updates import Commit, RowStorage, TrainedSpec
+from tierstore.updates import Commit, RowStorage, Snapshot, TrainedSpec
 
 log = logging.getLogger(__name__)
 FOLDER = "training"  # of a store directory
@@ -363,6 +363,11 @@ class TrainingStore:
             "training_capacity_rows": sum(a.capacity_rows for a in arenas),
             "training_dirty_rows": sum(a.dirty_rows() for a in arenas),
         }
+
+    def snapshot(self, step: int | None = None) -> Snapshot:
+        """See `RowStorage.snapshot`."""
+        with self._gate:
+            return self._storage.snapshot(step)
 
     def close(self) -> None:
         """Wait for whoever is inside and for commits on their way; what was not committed is gone."""

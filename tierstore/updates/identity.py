@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +14,16 @@ from engram_client.errors import BadRequest, DataCorrupt, FormatError
 from tierstore.format.header import uuid_words
 from tierstore.updates.blocks import checksum_of
 from tierstore.updates.disk import Disk
+from tierstore.updates.epochs import EpochsFile
 from tierstore.updates.journal import Journal
 from tierstore.updates.pages import TablePages
 from tierstore.updates.spec import TrainedSpec
 from tierstore.updates.superblock import Superblock
 
 NAME, VERSION = "tables.json", 1
+FIRST_FOLD = 1  # whose pages those of a store that begins with rows are
+
+Fill = Callable[[list[TablePages]], None]  # writes pages of a store that is being made, as FIRST_FOLD
 
 
 @dataclass(frozen=True)
@@ -93,17 +97,36 @@ def load_identity(disk: Disk, folder: Path) -> Identity:
     return Identity(bytes.fromhex(described["uuid"]), tuple(map(TrainedSpec.from_json, described["tables"])))
 
 
-def create_store(disk: Disk, folder: Path, tables: Sequence[TrainedSpec]) -> None:
-    """Make an empty training store in `folder`. Raises BadRequest where there is one, OSError."""
+def create_store(disk: Disk, folder: Path, tables: Sequence[TrainedSpec], fill: Fill | None = None) -> None:
+    """Make a training store in `folder`: empty, or with the pages that `fill` writes.
+
+    Raises BadRequest where there is one, OSError, and what `fill` raises.
+    """
     check_tables(tables)
     if is_created(disk, folder):
         raise BadRequest(f"{folder} holds a training store already; open it, or choose another folder")
     identity = Identity(os.urandom(16), tuple(tables))
     disk.make_folder(folder / "log")
     disk.make_folder(folder / "pages")
-    Superblock(disk, folder, identity.uuid).create()
+    superblock = Superblock(disk, folder, identity.uuid)
+    superblock.create()
     pages = [TablePages(disk, folder, table) for table in tables]
     for table in pages:
         table.create()
     Journal(disk, folder, identity.uuid, pages).create()
+    if fill:
+        _fill(disk, folder, superblock, pages, fill)
     write_identity(disk, folder, identity)
+
+
+def _fill(disk: Disk, folder: Path, superblock: Superblock, pages: list[TablePages], fill: Fill) -> None:
+    """As if these pages had come of a fold, before there was any step."""
+    try:
+        for table in pages:
+            table.open()
+        fill(pages)
+    finally:
+        for table in pages:
+            table.close()
+    size, checksum = EpochsFile(disk, folder).write(FIRST_FOLD, [table.epochs for table in pages])
+    superblock.change(folds=FIRST_FOLD, epochs_bytes=size, epochs_sum=checksum)

@@ -147,6 +147,15 @@ class TablePages:
         self._initial.fill(ids, np.arange(ids.size), rows)
         return ids, rows
 
+    def written(self, first: int, last: int) -> np.ndarray:
+        """Those of rows [first, last) whose pages were ever written, int64 [n], ascending."""
+        ends = np.array([first, max(first, last - 1)])
+        low, high = self._index_of(self.units(ends)).tolist()
+        if not self.epochs[low : high + 1].any():
+            return np.zeros(0, np.int64)
+        ids = np.arange(first, last)
+        return ids[self.epochs[self._index_of(self.units(ids))] > 0]
+
     def units(self, ids: np.ndarray) -> np.ndarray:
         """A unit is what rows share pages with nobody outside: a page of rows, or a row's pages."""
         n = self.geometry.rows_per_page

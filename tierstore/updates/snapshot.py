@@ -38,6 +38,7 @@ class Snapshot:
         self.step, self.state, self.tables = committed.step, state, list(tables)
         self._indices, self._view, self._log_rows, self._pages = indices, view, log_rows, pages
         self._reader, self._check_open, self._release = reader, check_open, release
+        self._logged: dict[int, np.ndarray] = {}  # rows that are in the log, ascending
         self._closed = False
 
     def read(self, table: int, ids: np.ndarray, out: np.ndarray, deadline: Deadline | None = None) -> None:
@@ -50,6 +51,16 @@ class Snapshot:
         self._log_rows[table].read(self._view, ids, positions, out, until)
         missing = np.flatnonzero(positions < 0)
         self._pages[table].read(self._reader, ids[missing], missing, out, until)
+
+    def touched(self, table: int, first: int, last: int) -> np.ndarray:
+        """Those of rows [first, last) that may differ from the initial ones: int64 [n], ascending.
+
+        Rows of the log, and all rows of pages that were ever written.
+        """
+        if table not in self._logged:
+            self._logged[table] = self._indices[table].entries()[0]
+        low, high = np.searchsorted(self._logged[table], (first, last))
+        return np.union1d(self._logged[table][low:high], self._pages[table].written(first, last))
 
     def written_rows(self, table: int) -> int:
         """How many rows of a table lie in the log; the others are read from pages, or were never written."""

@@ -143,7 +143,7 @@ def changed(name: str, value: Any) -> dict[str, Any]:
         ("layer_multipliers", int64s(3, 5, 2**62), "63-bit"),
         ("ngram_heads_vocab_sizes", int64s(11, 12, 13), "equally many heads"),
         ("ngram_heads_vocab_sizes", int64s(11, 0), "head sizes must be >= 1"),
-        ("ngram_heads_vocab_sizes", int64s(11, 14), r"rows up to 24, but the checkpoint holds 24 rows"),
+        ("ngram_heads_vocab_sizes", int64s(11, 14), r"rows up to 24, but there are 24 rows"),
         ("ngram_heads_offsets", int64s(0, -1), "head offsets >= 0"),
     ],
 )

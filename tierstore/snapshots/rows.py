@@ -1,0 +1,69 @@
+"""All rows of a committed step, wherever they are read from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from msgspec import structs
+
+from engram_client.errors import UnknownTable
+from tierstore.config import Training, load_config
+from tierstore.updates import RowStorage, TrainedSpec
+
+FOLDER = "training"  # of a store directory
+BATCH_BYTES = 1 << 20  # of rows that are read at once: who trains meanwhile waits for no more
+KEEP_ALL_STEPS = 10_000  # reading a store drops no step
+
+
+class StepRows(Protocol):
+    """A `Snapshot`, here or afar."""
+
+    step: int
+    state: bytes
+    tables: list[TrainedSpec]
+
+    def read(self, table: int, ids: np.ndarray, out: np.ndarray) -> None:
+        """Rows `ids` int64 [n] of table number `table` into `out` uint8 [n, row_bytes]."""
+
+    def touched(self, table: int, first: int, last: int) -> np.ndarray:
+        """Those of rows [first, last) that may differ from the initial ones: int64 [n], ascending."""
+
+    def close(self) -> None: ...
+
+
+@contextmanager
+def open_step(directory: Path | str, step: int | None = None) -> Iterator[StepRows]:
+    """A kept step (None: the last) of the training store in `directory`, which nobody has open.
+
+    Raises FormatError where there is none, StoreLocked, which names the process that has it, BadRequest for a
+    step that is not kept, DataCorrupt.
+    """
+    config: Training = load_config(file=None, environ=os.environ, flags={}).config.training
+    config = structs.replace(config, keep_steps=KEEP_ALL_STEPS)
+    with (
+        RowStorage.open(Path(directory) / FOLDER, config, background=False) as storage,
+        storage.snapshot(step) as rows,
+    ):
+        yield rows
+
+
+def numbers_of(rows: StepRows, names: Sequence[str]) -> list[int]:
+    """The numbers of the tables of these names; no names: all. Raises UnknownTable."""
+    numbers = {spec.name: number for number, spec in enumerate(rows.tables)}
+    for name in names:
+        if name not in numbers:
+            known = ", ".join(numbers)
+            raise UnknownTable(f"no table {name!r} in the training store; it trains: {known}")
+    return [numbers[name] for name in dict.fromkeys(names)] if names else list(numbers.values())
+
+
+def batches(spec: TrainedSpec, first: int, last: int) -> Iterator[np.ndarray]:
+    """Row ids [first, last), int64, some at a time."""
+    size = max(1, BATCH_BYTES // spec.row_bytes)
+    for start in range(first, last, size):
+        yield np.arange(start, min(last, start + size))
