@@ -117,7 +117,7 @@ class KernelGroup:
         missing = triton_missing(device)
         if missing is None:
             try:
-                with torch.inference_mode(False), torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad(), made_current(device):
                     self._trial(device)
                 return True
             except Exception as error:  # whatever a compiler, a driver or a comparison says

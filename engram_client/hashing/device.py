@@ -226,6 +226,12 @@ class DeviceHashMapping:
         history = None if lookback is None else lookback.window_for(self, len(tokens))
         return HashInputs(tokens, mask, history, self._fold, self._rules[layer_id], layer_id)
 
+    def multipliers(self, layer_id: int) -> tuple[int, ...]:
+        """Of a layer's scheme. Raises BadRequest where there is no such layer."""
+        if layer_id not in self._schemes:
+            raise BadRequest(f"no hash scheme for layer {layer_id}; there are {list(self.layer_ids)}")
+        return tuple(map(int, self._schemes[layer_id].multipliers))
+
     def hash_plainly(self, hashed: HashInputs) -> Tensor:
         """N-gram keys int64 [B,T,orders], in torch operations."""
         layer = hashed.layer_id

@@ -183,10 +183,8 @@ class HbmArena:
         ordered = not self._kernels and self.device.type == "cuda"
         if capture and ordered:
             raise BadRequest(
-                "without Triton's kernels the HBM tier cannot be part of a captured graph: nothing "
-                "would keep "
-                "its look-ups apart from admissions; install a C compiler and triton, or look up "
-                "outside of it"
+                "without Triton's kernels the HBM tier cannot be part of a captured graph: nothing would "
+                "keep its look-ups apart from admissions; install a C compiler and triton, or look up outside"
             )
         self.captured |= capture
         with self._changing, made_current(self.device):

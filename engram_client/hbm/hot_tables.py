@@ -8,10 +8,12 @@ join; so do generations, each under numbers of its own.
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
 from engram_client.arrays import is_tensor
+from engram_client.errors import BadRequest
 from engram_client.gpu.probe import as_device
 from engram_client.hbm.table import HbmTable
 from engram_client.hbm.tier import HbmTier
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
     from engram_client.client import Client
 
+log = logging.getLogger(__name__)
+
 
 class HotTables:
     """The tiers of one client, made as its tables are opened. Thread safe. Raises BadRequest for no "
@@ -35,29 +39,32 @@ class HotTables:
         self.device = as_device(device, "the HBM tier's device")
         self._tiers: dict[int, HbmTier] = {}  # by bytes of a record
         self._parts: dict[int, float] = {}  # of the budget
-        self._tables: dict[tuple[str, str], HbmTable] = {}  # by name and generation
+        self._tables: dict[tuple[str, str], HbmTable | None] = {}  # by name and generation
         self._changing = threading.Lock()
 
-    def table(
-        self, spec: TableSpec, transport: Transport, prefetcher: Prefetcher, client: Client
-    ) -> HotTable:
-        """The table, hot. Raises BadRequest where its part of the budget is too small for a set of "
-        "records."""
+    def table(self, spec: TableSpec, transport: Transport, prefetcher: Prefetcher, client: Client) -> Table:
+        """The table, hot; as it is where its part of the budget is too small for a set of its records."""
+        name = spec.name, spec.generation
         with self._changing:
-            hot = self._tables.get((spec.name, spec.generation))
-            if hot is None:
-                hot = self._added(Table(spec, transport, prefetcher), client)
-                self._tables[spec.name, spec.generation] = hot
+            if name not in self._tables:
+                self._tables[name] = self._added(Table(spec, transport, prefetcher), client)
+            hot = self._tables[name]
+        if hot is None:
+            return Table(spec, transport, prefetcher, client)
         return HotTable(spec, transport, prefetcher, client, hot)
 
-    def _added(self, table: Table, client: Client) -> HbmTable:
+    def _added(self, table: Table, client: Client) -> HbmTable | None:
         size = table.spec.record_bytes
-        if size not in self._tiers:
+        try:
+            if size in self._tiers:
+                return self._tiers[size].add(table)
             self._parts[size] = self._part_of(size, client)
             budget_bytes = int(self.budget_bytes * self._parts[size])
             self._tiers[size] = HbmTier([table], budget_bytes=budget_bytes, device=self.device)
-            return self._tiers[size].table(table.spec.name)
-        return self._tiers[size].add(table)
+        except BadRequest as error:
+            log.warning("no records of table %r are kept on %s: %s", table.spec.name, self.device, error)
+            return None
+        return self._tiers[size].table(table.spec.name)
 
     def _part_of(self, record_bytes: int, client: Client) -> float:
         specs = client.tables().values()

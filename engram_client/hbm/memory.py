@@ -48,6 +48,7 @@ class HbmMemory:
         self.arena = _arena(record_bytes, budget_bytes, device)
         self.misses = MissServer(self.arena, columns_max, staging_bytes)
         self._giving_way = threading.Lock()
+        self._said_captured = False
         self.given_up = 0  # times that all of the arena was given back
 
     def attempt(self, work: Callable[[], Result]) -> Result:
@@ -62,15 +63,23 @@ class HbmMemory:
 
     def _give_way(self, error: Exception) -> None:
         with self._giving_way:
-            if self.arena.bytes > 2 * arena_bytes(self.arena.record_bytes, 1):
+            if self.arena.captured:
+                if not self._said_captured:
+                    self._said_captured = True
+                    log.warning(
+                        "no memory left on %s, and the HBM tier cannot give its own back: graphs "
+                        "hold it; resize it "
+                        "once they are gone",
+                        self.device,
+                    )  # fmt: skip
+            elif self.arena.bytes > 2 * arena_bytes(self.arena.record_bytes, 1):
                 taken = self.arena.bytes
                 self.misses.settle()
                 self.arena.drop_all()
                 self.given_up += 1
                 log.warning(
-                    "no memory left on %s (%s): the HBM tier gave its %d bytes back and serves "
-                    "through the table; "
-                    "resize it once there is room",
+                    "no memory left on %s (%s): the HBM tier gave its %d bytes back and serves through the "
+                    "table; resize it once there is room",
                     self.device, str(error).partition("\n")[0], taken,
                 )  # fmt: skip
             if self.device.type == "cuda":

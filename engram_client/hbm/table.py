@@ -23,7 +23,7 @@ from engram_client.errors import BadRequest
 from engram_client.gpu.probe import out_of_memory
 from engram_client.gpu.streams import Event, record_current
 from engram_client.hashing import inputs
-from engram_client.hashing.device import DeviceHashMapping, DeviceLookback
+from engram_client.hashing.device import HASHING, DeviceHashMapping, DeviceLookback
 from engram_client.hbm.handle import HbmHandle
 from engram_client.hbm.memory import HbmMemory
 from engram_client.hbm.misses import Fill, Lines, Misses
@@ -315,9 +315,14 @@ class HbmTable:
             )
         if hashing.device != self.device:
             raise BadRequest(f"the hash mapping is on {hashing.device}, the tier on {self.device}")
+        if hashing.multipliers(scheme.layer_id) != tuple(map(int, scheme.multipliers)):
+            raise BadRequest(
+                f"the hash mapping is not that of table {self.spec.name!r}; make it with the table's "
+                f"mapping()"
+            )
         given = hashing.inputs(token_ids, scheme.layer_id, dead, lookback=lookback)
         shape = torch.Size((*token_ids.shape, self._width))
-        if self._memory.arena.in_order:
+        if self._memory.arena.in_order or not HASHING.serves(self.device):
             keys = hashing.hash_plainly(given)
             if given.dead is not None:
                 keys = keys.masked_fill(given.dead.unsqueeze(-1), -1)

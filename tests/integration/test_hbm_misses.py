@@ -133,6 +133,12 @@ def test_tokens_to_rows_in_one_call(client: Client) -> None:
         kept.advance(ids, dead)
     with pytest.raises(IdOutOfRange, match=r"n-gram key -2 at position \[2, 0\]"):
         hot.lookup_tokens(hashing, torch.tensor([1, 2, 77]))
+    other = NgramHashMapping.engram(
+        np.array([0, 1, 1, 2]), layer_ids=[layer], vocab_size_per_ngram=[50] * 3, n_head_per_ngram=2,
+        max_ngram_size=4, pad_id=0, seed=99,
+    )  # fmt: skip
+    with pytest.raises(BadRequest, match="not that of table 'v41'"):
+        hot.lookup_tokens(other.on_device("cpu"), torch.tensor([1]))
     with pytest.raises(BadRequest, match="addressed by rows"):
         tier_of(client, PLAIN).table(PLAIN).lookup_tokens(hashing, torch.tensor([1]))
 
@@ -234,6 +240,9 @@ def test_a_captured_graph_holds_the_memory(client: Client) -> None:
     tier._memory.arena.captured = True
     with pytest.raises(BadRequest, match="graphs_are_gone=True"):
         tier.resize(2 << 20)
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):  # and is not given back under them
+        tier._memory.attempt(out_of_memory)
+    assert tier.stats()["hbm_given_up"] == 0
     tier.resize(2 << 20, graphs_are_gone=True)
     assert not tier._memory.arena.captured
 

@@ -80,6 +80,22 @@ def test_its_budget_changes_while_it_is_used(client: Client, packed: PackedStore
     assert torch.equal(client.table(V41).lookup_ngrams(keys), rows)
 
 
+def test_a_part_of_the_budget_that_is_too_small(
+    packed: PackedStore, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = packed.copy_to(tmp_path_factory.mktemp("small"))
+    with (
+        caplog.at_level(logging.WARNING),
+        opened(folder, small_config()),
+        connect(f"local:{folder}", hbm_budget_bytes=10_000, device="cpu") as client,
+    ):
+        keys = torch.from_numpy(random_keys(packed.oracles[V41], 3))
+        for _ in range(2):
+            rows = client.table(V41).lookup_ngrams(keys)
+            assert np.array_equal(rows.numpy(), packed.oracles[V41].lookup_ngrams(keys.numpy()))
+    assert caplog.text.count("no records of table 'v41' are kept on cpu") == 1
+
+
 def test_without_a_budget(packed: PackedStore, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = packed.copy_to(tmp_path_factory.mktemp("cold"))
     with opened(folder, small_config()), connect(f"local:{folder}") as client:

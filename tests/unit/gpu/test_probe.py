@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were a GPU that Triton compiles for, and no capture under way."""
     monkeypatch.setattr(probe, "triton_missing", lambda device: None)
     monkeypatch.setattr(probe, "capturing", lambda device: False)
+    monkeypatch.setattr(probe, "made_current", lambda device: nullcontext())
 
 
 @pytest.mark.usefixtures("compiled")
