@@ -95,8 +95,16 @@ class Disk:
         os.fsync(fd)
 
     def reserve(self, fd: int, count: int) -> None:
-        """Have room for the first `count` bytes of a file set aside; they read as zeros."""
-        os.posix_fallocate(fd, 0, count)
+        """Have room for the first `count` bytes of a file set aside; they read as zeros.
+
+        File systems that set nothing aside give the file its size alone: a full disk shows later there.
+        """
+        try:
+            os.posix_fallocate(fd, 0, count)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            os.ftruncate(fd, count)
 
     def truncate(self, fd: int, count: int) -> None:
         os.ftruncate(fd, count)
