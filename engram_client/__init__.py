@@ -21,6 +21,7 @@ from engram_client.staging import StagedStep, StagingRing
 from engram_client.step import Step, StepPrefetcher
 from engram_client.table import Table
 from engram_client.tokenizer import CompressedTokenizer
+from engram_client.trained import TrainedTable, Training
 
 __all__ = [
     "Client",
@@ -38,6 +39,8 @@ __all__ = [
     "Table",
     "TableSpec",
     "TierstoreError",
+    "TrainedTable",
+    "Training",
     "connect",
     "errors",
 ]

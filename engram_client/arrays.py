@@ -41,6 +41,19 @@ def to_host(values: Any) -> Any:
         raise BadRequest(f"ids must be int64 or int32, got a tensor that is neither: {error}") from error
 
 
+def numbers_to_host(values: Any) -> np.ndarray:
+    """Numbers as a numpy array in host memory; of a bfloat16 tensor its bits, uint16."""
+    if not is_tensor(values):
+        return np.asarray(values)
+    import torch
+
+    host = values.detach().cpu()
+    if host.dtype == torch.bfloat16:
+        return host.contiguous().view(torch.int16).numpy().view(np.uint16)
+    array: np.ndarray = host.numpy()
+    return array
+
+
 def like(rows: np.ndarray, ids: Any) -> Array:
     """`rows` as the kind of array, and on the device, that `ids` is."""
     if not is_tensor(ids):

@@ -14,6 +14,7 @@ from engram_client.errors import BadRequest, Unavailable
 from engram_client.prefetch import Prefetcher
 from engram_client.spec import TableSpec
 from engram_client.table import Table
+from engram_client.trained import Training
 from engram_client.transport.base import Transport
 from engram_client.transport.local import LocalTransport
 
@@ -106,6 +107,14 @@ class Client:
         if self._hot is not None:
             return self._hot.table(spec, self._transport, self._prefetcher, self)
         return Table(spec, self._transport, self._prefetcher, self)
+
+    def training(self, *, rank: int = 0, world: int = 1) -> Training:
+        """The tables in training, for the trainer `rank` of `world`.
+
+        "local:DIR" opens them in this process; a daemon must train them (`training.enabled`). Raises
+        FormatError where there are none, StoreLocked where another process trains them.
+        """
+        return Training(self._transport, self._prefetcher, self, rank, world)
 
     def stats(self) -> dict[str, int]:
         """The service's counters; tierstore/tiers/counters.py says what each counts.

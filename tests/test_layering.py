@@ -42,6 +42,7 @@ TORCH = (
     "engram_client/hashing/mapping.py",  # within `on_device`
     "engram_client/hbm/",
     "engram_client/modules/",
+    "engram_client/training/",
     "tierstore/devices/gds",
     "tierstore/tiers/hbm",
     "bench/",

@@ -16,6 +16,7 @@ from engram_client import errors
 COMMANDS = {
     "serve": "serve a store directory to other processes and machines",
     "pack": "pack a checkpoint's tables into a store directory",
+    "create": "make tables that are to be trained",
     "inspect": "say what a row file or store directory holds",
     "verify": "read every page and compare its checksum",
     "adopt": "take row files into the catalog that are not in it",

@@ -13,10 +13,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from engram_client.errors import TierstoreError
+from engram_client.errors import ConfigError, TierstoreError
 from tierstore.config import Config
 from tierstore.rpc.server import Server
 from tierstore.store import Store, open_store
+from tierstore.training import TrainingStore, open_training
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +40,11 @@ async def _serve(directory: Path, config: Config, ready: Callable[[list[str]], N
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, news.set)
     # In a thread, what may take long: the loop stays awake for signals.
     store, release = await asyncio.to_thread(open_store, directory, config)
+    training, release_training = await _open_training(store, config, release)
     following = asyncio.create_task(_follow_news(store, news))
     try:
         await asyncio.to_thread(store.warm_up)
-        server = Server(store)
+        server = Server(store, training)
         await server.start()
         ready(server.addresses)
         await stopping.wait()
@@ -50,8 +52,30 @@ async def _serve(directory: Path, config: Config, ready: Callable[[list[str]], N
         await server.stop(config.serve.drain_timeout_s)
     finally:
         following.cancel()
+        await _leave(release_training, config.serve.drain_timeout_s + LEAVE_TIMEOUT_S)
         await _leave(release, config.dram.snapshot_close_timeout_s + LEAVE_TIMEOUT_S)
     log.info("stopped")
+
+
+async def _open_training(
+    store: Store, config: Config, release_store: Callable[[], None]
+) -> tuple[TrainingStore | None, Callable[[], None]]:
+    """The tables in training, where they are wanted. Raises ConfigError for a name that is served as well."""
+    if not config.training.enabled:
+        return None, lambda: None
+    try:
+        training, release = await asyncio.to_thread(open_training, store.directory, config)
+        if twice := sorted(set(training.tables()) & set(store.tables())):
+            release()
+            raise ConfigError(
+                f"table {twice[0]!r} of {store.directory} is packed and in training: a name means one table; "
+                "serve one of them from another directory"
+            )
+    except BaseException:
+        release_store()
+        raise
+    log.info("training %s, last committed step: %s", ", ".join(training.tables()), training.step())
+    return training, release
 
 
 async def _follow_news(store: Store, news: asyncio.Event) -> None:

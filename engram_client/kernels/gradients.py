@@ -43,6 +43,14 @@ def mark_not_finite(gradients: Array, marks: Array) -> Count:
     return found
 
 
+def as_float32(gradients: np.ndarray) -> np.ndarray:
+    """float32 [n, dim], C-contiguous, of float32, float16 or the bits of bfloat16; not copied if it is
+    that."""
+    if gradients.dtype == np.uint16:
+        return (gradients.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return np.ascontiguousarray(gradients, np.float32)
+
+
 def distinct_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct ids other than -1 in order of first appearance, and the place of each among them.
 
@@ -61,13 +69,14 @@ def distinct_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sum_by_row(ids: np.ndarray, gradients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct ids int64 [d] and their summed gradients float32 [d, dim], of [n] and float32 [n, dim].
+    """Distinct ids int64 [d] and their summed gradients [d, dim], of [n] and [n, dim] as `as_float32` takes
+    them.
 
-    Where every id is another one these are what was given.
+    Where every id is another one these are what was given; else the sums are float32.
     """
     distinct, inverse = distinct_ids(ids)
     if distinct.size == ids.size and ids.size:
         return ids, gradients
     sums = np.zeros((distinct.size, gradients.shape[1]), np.float32)
-    add_rows(gradients, inverse, sums)
+    add_rows(as_float32(gradients), inverse, sums)
     return distinct, sums

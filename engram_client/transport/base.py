@@ -14,6 +14,7 @@ import numpy as np
 
 from engram_client.spec import TableSpec
 from engram_client.transport.landing import Landing
+from engram_client.transport.training import TrainingTransport
 
 if TYPE_CHECKING:
     from engram_client.transport.attachment import View
@@ -136,6 +137,9 @@ class Transport(Protocol):
 
     def set_hbm_budget(self, budget_bytes: int) -> int:
         """As `set_dram_budget`, for the service's own arena in device memory; 0 for none."""
+
+    def training(self) -> TrainingTransport:
+        """Where updates of tables in training go. Raises FormatError, StoreLocked, BadRequest."""
 
     def close(self) -> None:
         """Release connections; waiting calls raise Cancelled or Unavailable."""

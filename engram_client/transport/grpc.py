@@ -32,6 +32,8 @@ from engram_client.errors import (
 )
 from engram_client.spec import TableSpec
 from engram_client.transport.base import LookupRequest, PendingRows
+from engram_client.transport.grpc_training import SERVICE as TRAINING
+from engram_client.transport.grpc_training import GrpcTraining
 from engram_client.transport.landing import Landing
 from engram_client.transport.splitting import (
     Limits,
@@ -40,6 +42,7 @@ from engram_client.transport.splitting import (
     limits_told,
     split,
 )
+from engram_client.transport.training import TrainingTransport
 from engram_client.wire import memory_pb2 as pb
 from engram_client.wire.convert import request_to_message, spec_from_message
 from engram_client.wire.framing import decode_rows
@@ -51,6 +54,7 @@ PREFETCHES_AHEAD = 8  # calls of prefetches on the way at once; the daemon bound
 RECONNECT_S = 2.0
 BACKOFF_S = (0.01, 0.25)  # first and longest pause before trying again
 CONTROL_TIMEOUT_S = 10.0
+GRACE_S = 5.0
 RESIZE_TIMEOUT_S = 600.0  # records are copied at some GB/s
 
 OPTIONS = [
@@ -88,6 +92,7 @@ class _Calls:
         self.prefetch = method("Prefetch", pb.LookupRequest, pb.PrefetchResponse.FromString)
         self.stats = method("Stats", pb.StatsRequest, pb.StatsResponse.FromString)
         self.set_budgets = method("SetBudgets", pb.SetBudgetsRequest, pb.SetBudgetsResponse.FromString)
+        self.training: dict[str, Any] = {}  # methods of TrainingService, made when first called
 
 
 class GrpcTransport:
@@ -135,6 +140,31 @@ class GrpcTransport:
         if not reply.HasField("hbm_budget_bytes"):
             raise BadRequest("the daemon is older than its HBM tier; restart it with this release")
         return int(reply.hbm_budget_bytes)
+
+    def training(self) -> TrainingTransport:
+        return GrpcTraining(self)
+
+    def start_training_call(self, name: str, message: Any, reply: Any, deadline: Deadline) -> Any:
+        """A call of TrainingService, on its way."""
+        calls = self._calls
+        if name not in calls.training:
+            calls.training[name] = calls.channel.unary_unary(
+                TRAINING + name,
+                request_serializer=type(message).SerializeToString,
+                response_deserializer=reply.FromString,
+            )
+        left_s = deadline.remaining_s()
+        if left_s is not None and "timeout_s" in message.DESCRIPTOR.fields_by_name:
+            message.timeout_s = left_s  # so that the daemon's words arrive: it knows what was waited for
+            left_s += GRACE_S
+        try:
+            return calls.training[name].future(message, timeout=left_s)
+        except ValueError:
+            raise self._closed_meanwhile() from None
+
+    def result_of_call(self, start: Callable[[], Any], deadline: Deadline) -> Any:
+        """Of a call that may be repeated while nobody is there."""
+        return self._repeat_while_unavailable(lambda: start().result(), deadline)
 
     def hit_path(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> None:
         """Every look-up is a call."""

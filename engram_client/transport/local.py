@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from engram_client.errors import Cancelled, Unavailable
 from engram_client.spec import TableSpec
 from engram_client.transport.base import HitPath, LookupRequest
 from engram_client.transport.landing import Landing
+from engram_client.transport.training import TrainedDescription, UpdateRequest
 
 
 class LocalTransport:
@@ -26,6 +29,8 @@ class LocalTransport:
             ) from error
         self._directory = directory
         self._opened, self._release = store_package.open_store(directory)
+        self._training: LocalTraining | None = None
+        self._opening = threading.Lock()
         self._closed = False
 
     @property
@@ -36,14 +41,17 @@ class LocalTransport:
         return self._opened
 
     def list_tables(self) -> dict[str, TableSpec]:
-        return dict(self._store.tables())
+        training = self._training.store.tables() if self._training else {}
+        return {**self._store.tables(), **training}
 
     def describe_table(self, name: str) -> TableSpec:
-        spec: TableSpec = self._store.describe(name)
+        training = self._trains(name)
+        spec: TableSpec = training.store.tables()[name] if training else self._store.describe(name)
         return spec
 
     def lookup(self, request: LookupRequest, out: np.ndarray, timeout_s: float | None) -> None:
-        self._store.lookup(request, out, timeout_s)
+        training = self._trains(request.table)
+        (training.store if training else self._store).lookup(request, out, timeout_s)
 
     def fetch(self, request: LookupRequest, entry_bytes: int, timeout_s: float | None) -> np.ndarray:
         out = np.empty((request.ids.shape[0], entry_bytes), np.uint8)
@@ -54,7 +62,7 @@ class LocalTransport:
         return None
 
     def hit_path(self, spec: TableSpec, heads: tuple[int, int] | None = None) -> HitPath | None:
-        if heads is not None:
+        if heads is not None or self._trains(spec.name):
             return None
         path: HitPath | None = self._store.hit_path(spec.name, spec.generation)
         if path is None:
@@ -96,6 +104,48 @@ class LocalTransport:
         self._store.promotion.resize(budget_bytes)
         return int(self._store.stats()["hbm_budget_bytes"])
 
+    def training(self) -> LocalTraining:
+        """Opens the training store of the directory, which stays open until this client is closed."""
+        with self._opening:
+            if self._training is None:
+                directory = self._store.directory
+                self._training = LocalTraining(
+                    *importlib.import_module("tierstore.training").open_training(directory)
+                )
+            return self._training
+
+    def _trains(self, name: str) -> LocalTraining | None:
+        """The training store, if it is open and has this table."""
+        training = self._training
+        return training if training is not None and training.store.knows(name) else None
+
     def close(self) -> None:
         self._closed = True
+        if self._training is not None:
+            self._training.release()
         self._release()
+
+
+class LocalTraining:
+    """See `TrainingTransport`; a training store in this process."""
+
+    def __init__(self, store: Any, release: Callable[[], None]) -> None:
+        self.store, self.release = store, release
+
+    def describe(self) -> list[TrainedDescription]:
+        return list(self.store.describe())
+
+    def update(self, request: UpdateRequest, timeout_s: float | None) -> None:
+        self.store.update(request, timeout_s)
+
+    def commit(self, step: int, timeout_s: float | None) -> None:
+        self.store.commit(step, timeout_s)
+
+    def wait_durable(self, step: int, timeout_s: float | None) -> None:
+        self.store.wait_durable(step, timeout_s)
+
+    def rollback(self, step: int, timeout_s: float | None) -> None:
+        self.store.rollback(step, timeout_s)
+
+    def steps(self) -> list[int]:
+        return list(self.store.steps())

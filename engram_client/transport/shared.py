@@ -34,6 +34,7 @@ from engram_client.transport.mailbox import MailboxBusy, Request
 from engram_client.transport.short_way import ShortWay
 from engram_client.transport.staged import start_reading
 from engram_client.transport.staging import start_filling
+from engram_client.transport.training import TrainingTransport
 
 REQUESTS_AHEAD = 2  # of one look-up on the way at once
 
@@ -209,6 +210,9 @@ class SharedTransport:
         if attachment is None:
             return None
         return attachment.view((spec.name, spec.generation, address, heads))
+
+    def training(self) -> TrainingTransport:
+        return self._remote.training()
 
     def close(self) -> None:
         self._closed = True

@@ -59,7 +59,10 @@ class TrainingTransport(Protocol):
         """
 
     def commit(self, step: int, timeout_s: float | None) -> None:
-        """Returns when all updates up to `step` are durable, over all tables."""
+        """Close a step over all tables; returns when it is on its way to the disk."""
+
+    def wait_durable(self, step: int, timeout_s: float | None) -> None:
+        """Returns when a committed step is on the disk."""
 
     def rollback(self, step: int, timeout_s: float | None) -> None:
         """Go back to a step that is kept; tables get a new generation. Durable when it returns."""

@@ -177,3 +177,109 @@ class StatsResponse(_message.Message):
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     counters: _containers.ScalarMap[str, int]
     def __init__(self, counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class TrainedTable(_message.Message):
+    __slots__ = ("spec", "optimizer_json", "committed_step", "updated_step")
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_JSON_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_STEP_FIELD_NUMBER: _ClassVar[int]
+    UPDATED_STEP_FIELD_NUMBER: _ClassVar[int]
+    spec: TableSpec
+    optimizer_json: str
+    committed_step: int
+    updated_step: int
+    def __init__(self, spec: _Optional[_Union[TableSpec, _Mapping]] = ..., optimizer_json: _Optional[str] = ..., committed_step: _Optional[int] = ..., updated_step: _Optional[int] = ...) -> None: ...
+
+class DescribeTrainingRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DescribeTrainingResponse(_message.Message):
+    __slots__ = ("tables", "update_bytes_max")
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
+    tables: _containers.RepeatedCompositeFieldContainer[TrainedTable]
+    update_bytes_max: int
+    def __init__(self, tables: _Optional[_Iterable[_Union[TrainedTable, _Mapping]]] = ..., update_bytes_max: _Optional[int] = ...) -> None: ...
+
+class UpdateRequest(_message.Message):
+    __slots__ = ("table", "generation", "step", "row_ids", "dtype", "gradients", "learning_rate", "weight_decay", "rank", "world", "push", "part", "parts", "timeout_s")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    ROW_IDS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    WORLD_FIELD_NUMBER: _ClassVar[int]
+    PUSH_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    generation: bytes
+    step: int
+    row_ids: bytes
+    dtype: str
+    gradients: bytes
+    learning_rate: float
+    weight_decay: float
+    rank: int
+    world: int
+    push: int
+    part: int
+    parts: int
+    timeout_s: float
+    def __init__(self, table: _Optional[str] = ..., generation: _Optional[bytes] = ..., step: _Optional[int] = ..., row_ids: _Optional[bytes] = ..., dtype: _Optional[str] = ..., gradients: _Optional[bytes] = ..., learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., push: _Optional[int] = ..., part: _Optional[int] = ..., parts: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class UpdateResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CommitRequest(_message.Message):
+    __slots__ = ("step", "timeout_s")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    timeout_s: float
+    def __init__(self, step: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class CommitResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WaitDurableRequest(_message.Message):
+    __slots__ = ("step", "timeout_s")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    timeout_s: float
+    def __init__(self, step: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class WaitDurableResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RollbackRequest(_message.Message):
+    __slots__ = ("step", "timeout_s")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    timeout_s: float
+    def __init__(self, step: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class RollbackResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StepsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StepsResponse(_message.Message):
+    __slots__ = ("steps",)
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    steps: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, steps: _Optional[_Iterable[int]] = ...) -> None: ...

@@ -28,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "directory", type=Path, metavar="DIR", help="store directory, as `tierstore pack` makes"
     )
     parser.add_argument("--json", action="store_true", help="the line on stdout as a JSON object")
+    parser.add_argument(
+        "--train", dest="key:training.enabled:--train", action="store_const", const="true",
+        help="same as --set training.enabled=true",
+    )  # fmt: skip
     add_config_arguments(parser, SHORTCUTS)
 
 

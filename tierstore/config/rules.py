@@ -87,6 +87,12 @@ def _check_budgets(config: Config, memory: MemoryLimit, origins: Mapping[str, st
     if config.hbm.budget_bytes:
         sizes["hbm.staging_bytes"] = 2 * config.hbm.staging_bytes
         sizes["hbm.budget_bytes"] = config.hbm.budget_bytes // HBM_SHADOW_SHARE
+    if config.training.enabled:
+        training = config.training
+        sizes["training.dram_bytes"] = training.dram_bytes
+        sizes["training.queue_bytes"] = training.queue_bytes
+        sizes["training.staging_bytes"] = 2 * training.staging_bytes  # for updates, and for reads
+        sizes["training.pending_bytes_max"] = training.pending_bytes_max
     if config.shm.enabled and config.serve.unix:
         each_bytes = config.shm.response_bytes + config.shm.touch_ring_bytes + MAILBOX_FIXED_BYTES
         sizes["shm.clients_max"] = config.shm.clients_max * each_bytes

@@ -32,7 +32,7 @@ from engram_client.jit import inline_kernel
 DIM, WEIGHT_AT, MASTER_AT, ROUNDED, ROW_BYTES, STATE_AT = range(6)  # ROUNDED: 1 where weights are bfloat16
 STATES = 3  # fields of state an optimizer may have; STATE_AT + i is where number i begins
 PLACES = STATE_AT + STATES
-AHEAD = 6  # rows on their way from memory while one is computed
+AHEAD = 12  # rows on their way from memory while one is computed
 
 
 @inline_kernel

@@ -17,8 +17,10 @@ from engram_client.client import SOCKET_PATH_BYTES_MAX
 from engram_client.errors import ConfigError
 from tierstore.config import Config
 from tierstore.rpc.service import MESSAGE_BYTES_MAX, SERVICE_NAME, MemoryService
+from tierstore.rpc.training import TRAINING_NAME, TrainingService
 from tierstore.shm import SharedMemory, offer_shared_memory
 from tierstore.store import Store
+from tierstore.training import TrainingStore
 
 log = logging.getLogger(__name__)
 
@@ -33,16 +35,20 @@ OPTIONS_FIXED = [
 class Server:
     """Serves one store until `stop`. Use from one event loop."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, training: TrainingStore | None = None) -> None:
         self._store = store
         self._config: Config = store.config
         self._shared: SharedMemory | None = None
-        self._service = MemoryService(store)
+        self._service = MemoryService(store, training)
+        self._training = TrainingService(training, store.config) if training is not None else None
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=OPTIONS_FIXED)
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
+        if self._training is not None:
+            self._server.add_generic_rpc_handlers((self._training.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        ours = (SERVICE_NAME, TRAINING_NAME) if self._training is not None else (SERVICE_NAME,)
+        names = (*ours, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         self.addresses: list[str] = []
 
@@ -106,6 +112,8 @@ class Server:
         """
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         drains = [self._service.drain(drain_timeout_s)]
+        if self._training is not None:
+            drains.append(self._training.drain(drain_timeout_s))
         if self._shared is not None:
             drains.append(asyncio.to_thread(self._shared.drain, drain_timeout_s))
         await asyncio.gather(*drains)
@@ -113,6 +121,8 @@ class Server:
         if self._shared is not None:
             await asyncio.to_thread(self._shared.close)
         self._service.close()
+        if self._training is not None:
+            self._training.close()
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in ("", SERVICE_NAME):

@@ -10,8 +10,6 @@ bound holds for memory as well.
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -20,17 +18,16 @@ from typing import Any
 import grpc
 
 from engram_client.deadline import Deadline
-from engram_client.errors import BadRequest, BatchTooLarge, Overloaded, TierstoreError, Unavailable
+from engram_client.errors import BadRequest, BatchTooLarge, Overloaded, Unavailable
 from engram_client.transport.base import LookupRequest
 from engram_client.wire import memory_pb2 as pb
 from engram_client.wire.convert import request_from_message, spec_to_message
 from engram_client.wire.framing import new_message
-from tierstore.rpc.status import ERROR_KEY, status_of
+from tierstore.rpc.handling import method, serialized
 from tierstore.store import Store
 from tierstore.store.table import Access
+from tierstore.training import TrainingStore
 
-log = logging.getLogger(__name__)
-MESSAGE_CHARACTERS_MAX = 1000  # of an error; gRPC allows 8 KiB of metadata, and percent-encodes some
 MESSAGE_BYTES_MAX = 16 << 20  # of a request: 2^20 ids and their envelope fit
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["MemoryService"].full_name
 
@@ -38,8 +35,9 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["MemoryService"].full_name
 class MemoryService:
     """Handlers of `tierstore.v1.MemoryService`; `handlers()` gives them to a grpc.aio server."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, training: TrainingStore | None = None) -> None:
         self._store = store
+        self._training = training
         self._limits = store.config.limits
         serve = store.config.serve
         self._threads = ThreadPoolExecutor(serve.workers, thread_name_prefix="tierstore-serve")
@@ -51,20 +49,15 @@ class MemoryService:
         self._idle.set()
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        def method(handle: Callable[..., Awaitable[Any]], request: Any, serialize: Any) -> Any:
-            return grpc.unary_unary_rpc_method_handler(
-                self._guarded(handle), request_deserializer=request.FromString, response_serializer=serialize
-            )
-
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
-                "ListTables": method(self.list_tables, pb.ListTablesRequest, _serialize),
-                "DescribeTable": method(self.describe_table, pb.DescribeTableRequest, _serialize),
+                "ListTables": method(self.list_tables, pb.ListTablesRequest, serialized),
+                "DescribeTable": method(self.describe_table, pb.DescribeTableRequest, serialized),
                 "Lookup": method(self.lookup, pb.LookupRequest, None),
-                "Prefetch": method(self.prefetch, pb.LookupRequest, _serialize),
-                "Stats": method(self.stats, pb.StatsRequest, _serialize),
-                "SetBudgets": method(self.set_budgets, pb.SetBudgetsRequest, _serialize),
+                "Prefetch": method(self.prefetch, pb.LookupRequest, serialized),
+                "Stats": method(self.stats, pb.StatsRequest, serialized),
+                "SetBudgets": method(self.set_budgets, pb.SetBudgetsRequest, serialized),
             },
         )
 
@@ -75,7 +68,8 @@ class MemoryService:
             message_bytes_max=MESSAGE_BYTES_MAX,
             requests_max=self._requests_max,
         )
-        tables = [spec_to_message(spec) for spec in self._store.tables().values()]
+        served = {**self._store.tables(), **(self._training.tables() if self._training else {})}
+        tables = [spec_to_message(spec) for spec in served.values()]
         return pb.ListTablesResponse(tables=tables, limits=limits)
 
     async def describe_table(
@@ -83,13 +77,16 @@ class MemoryService:
     ) -> pb.DescribeTableResponse:
         """An unknown name makes the store look into its catalog: in a thread, one at a time."""
         store, name = self._store, request.table
+        if (training := self._trains(name)) is not None:
+            return pb.DescribeTableResponse(table=spec_to_message(training.table(name).spec))
         if not store.knows(name):
             async with self._looking:
                 await asyncio.to_thread(store.describe, name)
         return pb.DescribeTableResponse(table=spec_to_message(store.table(name).spec))
 
     async def stats(self, _request: pb.StatsRequest, _context: Any) -> pb.StatsResponse:
-        return pb.StatsResponse(counters=self._store.stats())
+        training = self._training.stats() if self._training else {}
+        return pb.StatsResponse(counters={**self._store.stats(), **training})
 
     async def set_budgets(self, request: pb.SetBudgetsRequest, context: Any) -> pb.SetBudgetsResponse:
         """In a thread of its own: moving records takes a while, and nobody else should wait for it."""
@@ -109,6 +106,8 @@ class MemoryService:
 
     async def lookup(self, message: pb.LookupRequest, context: Any) -> bytes:
         deadline = Deadline.after(context.time_remaining())
+        if (training := self._trains(message.table)) is not None:
+            return await self._look_up_trained(training, message, deadline)
         request = self._parse(message)
         access = self._store.access(request)
         wanted_bytes = self._reply_bytes(request, access)
@@ -127,8 +126,31 @@ class MemoryService:
             if reading is None:
                 self._leave()
 
+    def _trains(self, name: str) -> TrainingStore | None:
+        """The training store, if the table is one of its."""
+        training = self._training
+        return training if training is not None and training.knows(name) else None
+
+    async def _look_up_trained(
+        self, training: TrainingStore, message: pb.LookupRequest, deadline: Deadline
+    ) -> bytes:
+        """In a thread: any row of a table in training may have to come from the log."""
+        request = request_from_message(message, 1)
+        self._store.check_size(request)
+        row_bytes = training.table(request.table).part[1]
+        self._check_reply(request, request.ids.size * row_bytes)
+        reply, rows = new_message(request.ids.size * row_bytes)
+        self._enter()
+        read = partial(training.lookup, request, rows, deadline.remaining_s())
+        reading = asyncio.get_running_loop().run_in_executor(self._threads, read)
+        reading.add_done_callback(self._leave_after)
+        await asyncio.shield(reading)
+        return reply
+
     async def prefetch(self, message: pb.LookupRequest, _context: Any) -> pb.PrefetchResponse:
         self._refuse_while_draining()
+        if self._trains(message.table) is not None:
+            return pb.PrefetchResponse(accepted=False)
         return pb.PrefetchResponse(accepted=self._store.prefetch(self._parse(message)))
 
     def _parse(self, message: pb.LookupRequest) -> LookupRequest:
@@ -139,7 +161,9 @@ class MemoryService:
 
     def _reply_bytes(self, request: LookupRequest, access: Access) -> int:
         """How large the reply will be; refused here, before memory is taken for it."""
-        wanted = request.ids.size * access.part[1]
+        return self._check_reply(request, request.ids.size * access.part[1])
+
+    def _check_reply(self, request: LookupRequest, wanted: int) -> int:
         if wanted > self._limits.request_reply_bytes_max:
             raise BatchTooLarge(
                 f"table {request.table!r}: {request.ids.size} ids ask for {wanted} bytes in one reply; the "
@@ -179,32 +203,6 @@ class MemoryService:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout_s)
 
-    def _guarded(self, handle: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        """Our errors become a status with the error's code; others are logged and stay vague."""
-
-        async def guarded(request: Any, context: Any) -> Any:
-            try:
-                return await handle(request, context)
-            except TierstoreError as error:
-                await context.abort(status_of(error), _told(error), ((ERROR_KEY, error.code),))
-            except Exception as error:
-                log.exception("a request failed unexpectedly")
-                text = f"internal error ({type(error).__name__}); the daemon's log has the details"
-                await context.abort(grpc.StatusCode.INTERNAL, text, ((ERROR_KEY, TierstoreError.code),))
-
-        return guarded
-
     def close(self) -> None:
         """Drop look-ups that have not begun; closing the store waits for those that have."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-def _told(error: TierstoreError) -> str:
-    """The message, short enough for the metadata it travels in."""
-    text = str(error)
-    return text if len(text) <= MESSAGE_CHARACTERS_MAX else text[:MESSAGE_CHARACTERS_MAX] + " ..."
-
-
-def _serialize(message: Any) -> bytes:
-    packed: bytes = message.SerializeToString()
-    return packed

@@ -16,6 +16,7 @@ from engram_client.arena.layout import WAYS, ArenaGeometry
 from engram_client.arena.read import read_records
 from tierstore.kernels import trained_arena as kernels
 from tierstore.kernels.trained_arena import DIRTY_MAX
+from tierstore.tiers.dram import Collapsing
 from tierstore.tiers.region import Region
 from tierstore.tiers.turn_lock import TurnLock
 
@@ -51,6 +52,8 @@ class TrainedArena:
         self._moment = 0
         self._all_sets = np.arange(self._region.geometry.sets)
         self._writing = TurnLock()
+        self._rows = 0
+        self._collapsing = Collapsing()
 
     @staticmethod
     def least_bytes(row_bytes: int) -> int:
@@ -82,7 +85,7 @@ class TrainedArena:
     def dirty_rows(self) -> int:
         """How many rows the log does not have yet."""
         with self._writing:
-            return int(np.bitwise_count(self._dirty).sum())
+            return int(np.unpackbits(self._dirty.view(np.uint8)).sum())
 
     def read(self, ids: np.ndarray, owner: int, part: tuple[int, int], out: int) -> tuple[np.ndarray, int]:
         """Copy a part of each row found to address `out`, zeros for -1: positions of the others, masked."""
@@ -122,6 +125,7 @@ class TrainedArena:
                 *self._region.writer_places, self.row_bytes, ids, owner, rows.ctypes.data, self._dirty,
                 waiting, counts,
             )  # fmt: skip
+        self._note(counts)
         return counts
 
     def admit_read(
@@ -137,7 +141,14 @@ class TrainedArena:
                 *self._region.writer_places, self.row_bytes, ids, owner, rows.ctypes.data, self._dirty,
                 self._stamps, since, fates, counts,
             )  # fmt: skip
+        self._note(counts)
         return fates, counts
+
+    def _note(self, counts: np.ndarray) -> None:
+        """An arena that is half full is worth gathering in huge pages."""
+        self._rows += int(counts[kernels.ADMITTED] - counts[kernels.EVICTED])
+        if 2 * self._rows > self.capacity_rows:
+            self._collapsing.start(self._region)
 
     def copy_dirty(
         self, rows_max: int, *, sets: np.ndarray | None, keep: int = DIRTY_MAX, start: int = 0
@@ -165,6 +176,14 @@ class TrainedArena:
             kernels.mark_clean(
                 copied.ways, copied.keys, copied.owners, self._dirty, self._stamps, self._moment
             )
+
+    def settle(self) -> None:
+        """Wait until work in the background is done; for benchmarks."""
+        self._collapsing.wait()
+
+    def close(self) -> None:
+        """Stop work in the background."""
+        self._collapsing.stop()
 
     def forget_all(self) -> None:
         """Empty it, dirty rows included."""

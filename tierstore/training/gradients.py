@@ -7,17 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from engram_client.errors import NotFiniteGradient
-from engram_client.kernels.gradients import mark_not_finite, sum_by_row
-from engram_client.transport.training import BFLOAT16_BITS
+from engram_client.kernels.gradients import as_float32, mark_not_finite, sum_by_row
 
 Pushed = tuple[np.ndarray, np.ndarray]  # ids int64 [n], gradients [n, dim] as an `UpdateRequest` has them
-
-
-def as_float32(gradients: np.ndarray) -> np.ndarray:
-    """float32 [n, dim], C-contiguous; float32 that is so already is not copied."""
-    if gradients.dtype == BFLOAT16_BITS:
-        return (gradients.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return np.ascontiguousarray(gradients, np.float32)
 
 
 def summed(pushes: Sequence[Pushed]) -> tuple[np.ndarray, np.ndarray]:

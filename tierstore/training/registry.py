@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec import structs
+
 from engram_client.errors import ConfigError
 from tierstore.config import Config, check_config, load_config, memory_limit
 from tierstore.training.store import TrainingStore
@@ -40,7 +42,8 @@ def open_training(
         shared = _shared.get(path)
         if shared is None:
             checked = config or load_config(file=None, environ=os.environ, flags={}).config
-            check_config(checked, memory_limit())
+            training = structs.replace(checked.training, enabled=True)  # so that its memory is counted
+            check_config(structs.replace(checked, training=training), memory_limit())
             store = TrainingStore.open(path, checked.training)
             shared = _shared[path] = _Shared(store, checked, 0, os.getpid())
         elif config is not None and config != shared.config:

@@ -14,6 +14,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from tierstore.tiers.trained import TrainedArena
 from tierstore.training.counters import TrainingCounters
 from tierstore.training.gradients import not_finite, refusal, summed
 from tierstore.training.reading import Reading
+from tierstore.training.steps import Steps
 from tierstore.training.table import TrainedTable
 from tierstore.training.trainers import Contribution, Trainers, merged_rates, total_entries
 from tierstore.training.turn import Turn
@@ -61,14 +63,13 @@ class TrainingStore:
         self._reading = Reading(storage, config.staging_bytes, self.counters)
         self._unfinished: Update | None = None
         self._uncertain = self._going_back = False
-        self._commit: Commit | None = None
-        self._updates_committed = 0
         self._arenas = _make_arenas(config.dram_bytes, storage.tables)
         self._tables = {
             spec.name: TrainedTable(spec, number, self._arenas[spec.row_bytes])
             for number, spec in enumerate(storage.tables)
         }
-        self._committed = storage.step()
+        strict = self._trainers.world == 1 or self._trainers.together
+        self._steps = Steps(f"training store {directory}", storage.step(), strict=strict)
         self._begin_history(storage.state())
         self._warm_up()
 
@@ -114,8 +115,12 @@ class TrainingStore:
         """What readers see: every table, its layout the weight alone."""
         return {name: table.spec for name, table in self._tables.items()}
 
+    def knows(self, name: str) -> bool:
+        """Whether a table of this name is in training here."""
+        return name in self._tables
+
     def describe(self) -> list[TrainedDescription]:
-        return [table.describe(self._committed) for table in self._tables.values()]
+        return [table.describe(self._steps.committed) for table in self._tables.values()]
 
     def table(self, name: str) -> TrainedTable:
         """Raises UnknownTable."""
@@ -124,6 +129,10 @@ class TrainingStore:
         except KeyError:
             known = ", ".join(sorted(self._tables))
             raise UnknownTable(f"no table {name!r} is in training here; there are: {known}") from None
+
+    def arenas(self) -> list[TrainedArena]:
+        """Where rows are in DRAM."""
+        return list(self._arenas.values())
 
     # Reading.
 
@@ -163,7 +172,11 @@ class TrainingStore:
         deadline = Deadline.after(timeout_s)
         contribution = self.offer(request)
         if contribution is not None:
-            contributions = self._trainers.wait(contribution, deadline)
+            try:
+                contributions = self._trainers.wait(contribution, deadline)
+            except BaseException:  # Ctrl-C, while others are waited for
+                self._trainers.withdraw(contribution)
+                raise
             if contributions is not None:
                 self.apply(contributions, deadline)
 
@@ -172,29 +185,17 @@ class TrainingStore:
         self._gate.check()
         table = self.table(request.table)
         table.check_update(request)
-        self._check_step(table, request.step)
-        contribution = self._trainers.offer(request)
-        if contribution is None and request.parts == 1:
+        if self._trainers.has_applied(request):
             self.counters.add(pushes_repeated=1)
-        return contribution
+            return None
+        self._steps.check_update(table, request.step)
+        if not request.ids.size:  # from afar its rows have no width
+            request = replace(request, gradients=np.zeros((0, table.dim), np.float32))
+        return self._trainers.offer(request)
 
     def withdraw(self, contribution: Contribution) -> None:
         """Give up waiting for other ranks; its `ready` raises DeadlineExceeded."""
         self._trainers.withdraw(contribution)
-
-    def _check_step(self, table: TrainedTable, step: int) -> None:
-        if self._trainers.world > 1 and not self._trainers.together:
-            return  # a slow rank may be behind a commit
-        if self._committed is not None and step <= self._committed:
-            raise StepConflict(
-                f"table {table.name!r}: an update of step {step}, but step {self._committed} is committed; "
-                "roll back first to train it again"
-            )
-        if table.updated_step is not None and step < table.updated_step:
-            raise StepConflict(
-                f"table {table.name!r}: an update of step {step} after one of step {table.updated_step}; "
-                "steps only rise"
-            )
 
     def apply(self, contributions: Sequence[Contribution], deadline: Deadline) -> None:
         """Apply what `ready` of a contribution gave. Raises as `update`, and tells whoever waits as well."""
@@ -213,7 +214,9 @@ class TrainingStore:
         ids, gradients = self._finite(table, *summed(pushes))
         step = max(c.step for c in contributions)
         with self._turn.taken(deadline, f"updating table {table.name!r}"):
-            self._check_step(table, step)
+            for contribution in contributions:
+                table.check_generation(contribution.generation)  # tables may have gone back meanwhile
+            self._steps.check_update(table, step)
             scalars = table.recipe.scalars(rate, decay, table.steps_with(step))
             numbers = tuple(c.push for c in contributions)
             update = Update(table, step, numbers, ids, gradients, scalars)
@@ -249,11 +252,13 @@ class TrainingStore:
             raise
         self._unfinished = None
         update.table.note_update(update.step)
+        self._steps.note_update()
 
     def _check_certain(self) -> None:
         if self._uncertain:
             raise StepConflict(
-                f"training store {self.directory}: an update was broken off in the middle, and nobody knows "
+                f"training store {self.directory}: an update or rollback was broken off in the middle, and "
+                f"nobody knows "
                 f"what it "
                 "did; roll back to a committed step, or open the store again"
             )
@@ -275,40 +280,15 @@ class TrainingStore:
         deadline = Deadline.after(timeout_s)
         with self._gate, self._turn.taken(deadline, f"committing step {step}"):
             self._check_certain()
-            if self._repeats(step):
-                assert self._commit is not None
-                return self._commit
-            self._check_commit(step)
+            if (repeated := self._steps.repeated(step)) is not None:
+                return repeated
+            self._steps.check_commit(step, self._tables.values())
             for arena in self._arenas.values():
                 self._updater.write_back(arena, None, deadline, keep=0)
-            self._commit = self._storage.commit(step, (), self._state(), deadline)
-            self._committed, self._updates_committed = step, self._updates()
+            commit = self._storage.commit(step, (), self._state(), deadline)
+            self._steps.note_commit(commit, step)
             self.counters.add(commits=1)
-            return self._commit
-
-    def _updates(self) -> int:
-        return sum(table.updates for table in self._tables.values())
-
-    def _repeats(self, step: int) -> bool:
-        same = self._commit is not None and self._commit.step == step == self._committed
-        return same and self._updates() == self._updates_committed
-
-    def _check_commit(self, step: int) -> None:
-        newest = max(
-            (t.updated_step for t in self._tables.values() if t.updated_step is not None), default=-1
-        )
-        if self._committed is not None and step <= self._committed:
-            raise StepConflict(
-                f"training store {self.directory}: commit of step {step}, but step {self._committed} is "
-                f"committed; "
-                "steps only rise, roll back to go back"
-            )
-        if step < newest and (self._trainers.world == 1 or self._trainers.together):
-            raise StepConflict(
-                f"training store {self.directory}: commit of step {step}, but rows hold updates of step "
-                f"{newest}; "
-                f"commit step {newest} or a later one"
-            )
+            return commit
 
     def rollback(self, step: int, timeout_s: float | None = None) -> None:
         """Go back to a committed step that is kept: durable when it returns. Tables get new generations.
@@ -330,7 +310,8 @@ class TrainingStore:
                 self._begin_history(state)
             finally:
                 self._going_back = False
-            self._committed, self._commit, self._unfinished = step, None, None
+            self._steps.go_back(step)
+            self._unfinished = None
             self._trainers.reset(GenerationMismatch(f"the tables were rolled back to step {step} meanwhile"))
             self._uncertain = False
             self.counters.add(rollbacks=1)
@@ -338,7 +319,7 @@ class TrainingStore:
     def wait_durable(self, step: int, timeout_s: float | None = None) -> None:
         """Return once `commit(step)` is on the disk. Raises StepConflict where there was none, and as
         `Commit.wait`."""
-        commit = self._commit
+        commit = self._steps.commit
         if commit is not None and commit.step == step:
             commit.wait(timeout_s)
         elif step not in self._storage.steps():
@@ -349,7 +330,7 @@ class TrainingStore:
 
     def step(self) -> int | None:
         """The last committed step."""
-        return self._committed
+        return self._steps.committed
 
     def steps(self) -> list[int]:
         """Committed steps that are kept, oldest first: durable ones."""
@@ -373,6 +354,8 @@ class TrainingStore:
         """Wait for whoever is inside and for commits on their way; what was not committed is gone."""
         if self._gate.close():
             self._trainers.reset(GenerationMismatch(f"training store {self.directory} was closed meanwhile"))
+            for arena in self._arenas.values():
+                arena.close()
             self._storage.close()
 
 

@@ -82,7 +82,7 @@ class TrainedTable:
             raise BadRequest(
                 f"table {self.name!r}: gradients are float32, bfloat16 or float16, got {gradients.dtype}"
             )
-        if gradients.shape != (request.ids.size, self.dim):
+        if gradients.shape != (request.ids.size, self.dim) and (request.ids.size or gradients.size):
             raise BadRequest(
                 f"table {self.name!r}: {request.ids.size} row ids need gradients of shape "
                 f"[{request.ids.size}, {self.dim}], got {list(gradients.shape)}"

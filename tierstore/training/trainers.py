@@ -41,6 +41,7 @@ class Contribution:
     """What one rank brings to one step of one table."""
 
     table: str
+    generation: str
     step: int
     rank: int
     push: int
@@ -49,6 +50,7 @@ class Contribution:
     parts: dict[int, Pushed] = field(default_factory=dict)
     # What to apply, for the one who shall; None for those whose contribution was applied by another.
     ready: Future[Sequence[Contribution] | None] = field(default_factory=Future)
+    followers: list[Contribution] = field(default_factory=list)  # the same push, come again meanwhile
 
     @property
     def bytes(self) -> int:
@@ -120,12 +122,29 @@ class Trainers:
                 self._release_near(progress)
             return contribution
 
+    def has_applied(self, request: UpdateRequest) -> bool:
+        """Whether this very push was applied, not long ago."""
+        with self._lock:
+            progress = self._tables.get(request.table)
+            return progress is not None and request.push in progress.recent.get(request.rank, ())
+
     def _same_push(self, progress: Progress, request: UpdateRequest) -> Contribution | None:
-        """The contribution of this very push, if it is waiting already."""
+        """Of a push that waits or is being applied already: what follows it."""
         for there in (progress.waiting, progress.applying):
             found = there.get(request.rank)
             if found is not None and found.push == request.push:
-                return found
+                found.followers.append(
+                    Contribution(
+                        request.table,
+                        request.generation,
+                        request.step,
+                        request.rank,
+                        request.push,
+                        None,
+                        None,
+                    )
+                )
+                return found.followers[-1]
             if found is not None:
                 raise StepConflict(
                     f"table {request.table!r}: rank {request.rank} pushes step {request.step} while its push "
@@ -156,8 +175,11 @@ class Trainers:
         """The contribution that this part completes."""
         arriving = progress.arriving.get(request.rank)
         if arriving is None or arriving.push != request.push:
+            progress.arriving.pop(request.rank, None)  # the rest of it will never come
             arriving = Contribution(
-                request.table, request.step, request.rank, request.push, request.learning_rate,
+                request.table,
+                request.generation,
+                request.step, request.rank, request.push, request.learning_rate,
                 request.weight_decay,
             )  # fmt: skip
         size = request.ids.nbytes + request.gradients.nbytes
@@ -214,13 +236,13 @@ class Trainers:
         Its `ready` then raises DeadlineExceeded, which names those ranks.
         """
         with self._lock:
-            progress = self._tables[contribution.table]
+            progress = self._tables.get(contribution.table, Progress())
             if progress.waiting.get(contribution.rank) is not contribution:
                 return
             del progress.waiting[contribution.rank]
             error = DeadlineExceeded(self._missing(progress, contribution))
             error.__cause__ = cause
-            contribution.ready.set_exception(error)
+            _tell([contribution], error)
 
     def _missing(self, progress: Progress, contribution: Contribution) -> str:
         where = f"table {contribution.table!r}, step {contribution.step}"
@@ -259,7 +281,8 @@ class Trainers:
 
 
 def _tell(contributions: Sequence[Contribution], error: BaseException | None) -> None:
-    for contribution in contributions:
+    followers = [follower for contribution in contributions for follower in contribution.followers]
+    for contribution in (*contributions, *followers):
         try:
             if error is None:
                 contribution.ready.set_result(None)

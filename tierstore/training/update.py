@@ -24,6 +24,7 @@ from tierstore.training.table import TrainedTable
 from tierstore.updates import RowStorage
 
 NO_IDS = np.zeros(0, np.int64)
+PIECE_ROWS_MAX = 4096  # index lines of so many rows stay in the nearest caches between two passes
 
 
 @dataclass
@@ -80,7 +81,7 @@ class Updater:
 
     def rows_max(self, arena: TrainedArena) -> int:
         """Rows of a piece: staging holds those that are read, and those that are written back."""
-        return max(1, self._staging_bytes // 2 // arena.row_bytes)
+        return min(PIECE_ROWS_MAX, max(1, self._staging_bytes // 2 // arena.row_bytes))
 
     def apply(self, update: Update, deadline: Deadline) -> None:
         """Raises StorageError, DataCorrupt, DeadlineExceeded; then calling again goes on."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 
 from tierstore.format.header import uuid_words
@@ -17,7 +19,7 @@ class InitialRows:
 
     def __init__(self, spec: TrainedSpec) -> None:
         self._spec = spec
-        self._words = uuid_words(bytes.fromhex(spec.uuid))
+        self._words = uuid_words(hashlib.blake2b(spec.name.encode(), digest_size=16).digest())
         fields = [f for f in spec.layout.fields if f.name in WEIGHTS and f.dtype in KINDS]
         self._fields = [(spec.layout.offset_bytes(f.name), KINDS[f.dtype], f.count) for f in fields]
 

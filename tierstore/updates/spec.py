@@ -20,9 +20,9 @@ ROWS_MAX = 2**40
 class Initial:
     """Rows that were never written: `zeros`, or `normal` weights of `std` from a counter-based generator.
 
-    The generator's counter is (seed, table's uuid, row, element), so a row is the same whenever and by
-    whomever it is computed. The fields `weight` and, where there is one, `master` get the values; others
-    are zeros.
+    The generator's counter is (seed, table's name, row, element), so a row is the same whenever and by
+    whomever it is computed, and a run that is repeated from its seed begins with the same rows. The fields
+    `weight` and, where there is one, `master` get the values; others are zeros.
     """
 
     kind: Literal["zeros", "normal"] = "zeros"

@@ -15,7 +15,19 @@ from pathlib import Path
 from tierbench.delivery import DATA_FOLDER
 from tierbench.record import RESULTS
 
-BENCHMARKS = ("lookup", "cold", "remote", "serve", "pack", "extent", "mixed", "live", "overlap", "ahead")
+BENCHMARKS = (
+    "lookup",
+    "cold",
+    "remote",
+    "serve",
+    "pack",
+    "extent",
+    "mixed",
+    "live",
+    "overlap",
+    "ahead",
+    "optimizer",
+)
 LARGE = ("soak", "scale")
 QUICK = {
     "lookup": "--arena-bytes 64MiB --tokens 64 --warm-tokens 256 --windows 3 --window-s 0.05",
@@ -26,6 +38,7 @@ QUICK = {
     "extent": "--tokens-per-row 0.4",
     "overlap": "--windows 2 --hidden 64 --batches 2 --chunks 32 --steps 8 --tokens 30000 --warm-tokens 2000",
     "ahead": "--windows 2 --sizes 1,64 --steps 4x1,1x128 --tokens 30000 --dram-bytes 256MiB",
+    "optimizer": "--windows 2 --window-s 0.05 --rows 5000 --batch 1000 --optimizers adam",
     "pack": "--windows 2 --source-bytes 16MiB",
     "mixed": "--windows 3 --window-s 0.2 --tokens 10000 --hot-bytes 64MiB",
     "live": "--small-bytes 32MiB --large-bytes 96MiB --rounds 1 --phase-s 0.5 --hot-tokens 1024"

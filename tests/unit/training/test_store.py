@@ -231,6 +231,17 @@ def store_deadline():
     return Deadline.after(5)
 
 
+def test_an_update_that_a_rollback_overtakes_is_refused(store) -> None:
+    store.commit(0).wait(30)
+    before = weights(store, EVERYTHING)
+    request = push_of(store, 1, [1], ones(1))
+    contribution = store.offer(request)  # it passed every check, and waits for its turn
+    store.rollback(0)
+    with pytest.raises(GenerationMismatch, match="rolled back"):
+        store.apply(contribution.ready.result(0), store_deadline())
+    np.testing.assert_array_equal(weights(store, EVERYTHING), before)
+
+
 def test_a_directory_has_one_owner(store) -> None:
     with pytest.raises(StoreLocked, match="pid"):
         open_store(store.directory)

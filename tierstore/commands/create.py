@@ -1,0 +1,130 @@
+"""`tierstore create`: tables that are to be trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from engram_client.errors import BadRequest
+from tierstore.commands.readable import readable_bytes
+
+EPILOG = """\
+examples:
+  tierstore create DIR --table words:1000000:64 --optimizer adam --learning-rate 1e-3
+  tierstore create DIR --model engram-demo --tokenizer tokenizer.json --layers 1,15 \\
+      --vocab-size 64000,64000 --heads 8 --dim 64 --dtype bfloat16 --optimizer engram
+
+The tables take no disk until their rows are trained. Then serve them: tierstore serve DIR --train ..., or
+open them in the trainer's own process: connect("local:DIR").training().
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("directory", type=Path, metavar="DIR", help="store directory; made where there is none")
+    add("--table", action="append", default=[], metavar="NAME:ROWS:DIM", help="a table; may be repeated")
+    add("--model", choices=("engram-demo",), help="tables with the hash scheme of a model, one a layer")
+    add("--tokenizer", type=Path, metavar="FILE", help="of the model: its tokenizer.json")
+    add("--layers", type=_numbers, default=(1, 15), metavar="L,L", help="of the model (default: 1,15)")
+    add("--vocab-size", type=_numbers, metavar="N,N", help="of the model: least rows a head, for each order")
+    add("--heads", type=int, default=8, help="of the model: heads of an order (default: %(default)s)")
+    add("--pad-id", type=int, default=2, help="of the model: a raw token id (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the hashing and of initial rows (default: %(default)s)")
+    add("--dim", type=int, help="of the model: elements of a row")
+    add(
+        "--optimizer",
+        default="adam",
+        help="adam, adagrad, rowwise_adagrad, sgd, or engram: the paper's recipe",
+    )
+    add(
+        "--setting",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="of the optimizer, as beta2=0.99",
+    )
+    add("--learning-rate", type=float, help="of updates that give none")
+    add("--weight-decay", type=float, help="decoupled, of rows that are updated (default: 0)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of weights (default: %(default)s)",
+    )
+    add("--no-master", action="store_true", help="bfloat16 weights without a float32 master")
+    add(
+        "--initial-std",
+        type=float,
+        default=0.0,
+        help="rows begin normal with this deviation (default: zeros)",
+    )
+    add("--json", action="store_true", help="tell the result as JSON on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Makes the tables and says what they are."""
+    from tierstore.training.creating import NewTable, create_training, engram_tables
+
+    tables = [NewTable(*_table(text)) for text in args.table]
+    if args.model:
+        if args.tokenizer is None or args.vocab_size is None or args.dim is None:
+            raise BadRequest(f"--model {args.model} needs --tokenizer, --vocab-size and --dim")
+        tables += engram_tables(
+            args.tokenizer, layer_ids=args.layers, vocab_size_per_ngram=args.vocab_size, heads=args.heads,
+            pad_id=args.pad_id, seed=args.seed, dim=args.dim,
+        )  # fmt: skip
+    given = {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
+    recipe = {name: value for name, value in given.items() if value is not None}
+    settings = dict(_setting(text) for text in args.setting)
+    specs = create_training(
+        args.directory, tables, optimizer=args.optimizer, settings=settings, dtype=args.dtype,
+        master=not args.no_master, initial_std=args.initial_std, seed=args.seed, **recipe,
+    )  # fmt: skip
+    if args.json:
+        json.dump({"tables": [_as_json(spec) for spec in specs]}, sys.stdout, indent=2)
+        print()
+    else:
+        print("\n".join(_sentence(spec) for spec in specs))
+    return 0
+
+
+def _as_json(spec: Any) -> dict[str, Any]:
+    fields = [f"{f.name} {f.dtype} x {f.count}" for f in spec.layout.fields]
+    return {
+        "name": spec.name, "rows": spec.rows, "row_bytes": spec.row_bytes, "fields": fields,
+        "optimizer": spec.optimizer,
+    }  # fmt: skip
+
+
+def _sentence(spec: Any) -> str:
+    fields = ", ".join(f"{f.name} {f.dtype} x {f.count}" for f in spec.layout.fields)
+    full = readable_bytes(spec.rows * spec.row_bytes)
+    return f"{spec.name}: {spec.rows} rows of {spec.row_bytes} bytes ({fields}), {full} once all are trained"
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas, got {text!r}") from None
+
+
+def _table(text: str) -> tuple[str, int, int]:
+    name, _, sizes = text.partition(":")
+    rows, _, dim = sizes.partition(":")
+    if not name or not rows.isdecimal() or not dim.isdecimal():
+        raise BadRequest(f"--table {text}: expected NAME:ROWS:DIM, such as words:1000000:64")
+    return name, int(rows), int(dim)
+
+
+def _setting(text: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
+    try:
+        return name, float(number)
+    except ValueError:
+        raise BadRequest(f"--setting {text}: expected NAME=NUMBER, such as beta2=0.99") from None
