@@ -21,7 +21,7 @@ from tests.support.daemon import Daemon, running, serve_command
 from tests.support.stores import PLE, V41, V41_14, V41_ROWS, PackedStore, eventually, random_keys
 from tierstore import cli
 
-HOT = {"hbm_device": "cpu", "hbm_promote_period_s": 0.01, "hbm_promote_reads": 1}
+HOT = {"hbm_device": "cpu", "hbm_promote_period_s": 0.03, "hbm_promote_reads": 1}
 BUDGET = 8 << 20
 
 
@@ -156,7 +156,7 @@ def test_rows_are_right_while_others_drive_them_out(
     small = command(directory, tmp_path, hbm_budget_bytes=400_000)
     with running(small, tmp_path) as daemon, connect(daemon.unix) as client:
         hot, found = DaemonTable(client.table(V41), "cpu"), 0
-        for seed in range(24):
+        for seed in range(16):
             keys = random_keys(oracle, 60, seed % 4)
             client.table(V41).lookup_ngrams(keys)
             rows, missing = hits(hot, keys)

@@ -41,34 +41,32 @@ def test_pull_takes_the_expected_step_and_no_other(packed: PackedStore, roomy: D
             assert reader.dead()[staged.slot].all() and not reader.dead()[1 - staged.slot].any()
 
 
-@pytest.mark.parametrize("way", ["pull", "deliver"])
-def test_late_rows_are_an_error_and_the_next_step_is_fine(
-    packed: PackedStore, obedient: Daemon, way: str
-) -> None:
+def test_late_rows_are_an_error_and_the_next_step_is_fine(packed: PackedStore, obedient: Daemon) -> None:
     oracle = packed.oracles[V41]
     with connect(obedient.unix) as client:
         ring = StagingRing(client.table(V41), entries=ENTRIES, slots=1)
         reader = GraphReader(ring, "cpu", polls=3)
-        first, second = random_keys(oracle, ENTRIES, seed=50), random_keys(oracle, ENTRIES, seed=51)
-        with ring.start(1, first) as staged:
-            reader.deliver(staged, timeout=30)
-            reader.check(staged)
-        obedient.ask("hold")
-        staged = ring.start(2, second)
-        if way == "pull":
-            reader.expect(staged)
-            reader.pull(None, staged.slot)
-        else:
-            with pytest.raises(errors.DeadlineExceeded):
-                reader.deliver(staged, timeout=0.01)
-        with pytest.raises(errors.DeadlineExceeded, match="do not use what it made"):
-            reader.check(staged)
-        assert reader.words()[0] == NOBODY and reader.dead()[0].all()
-        obedient.ask("release")
-        staged.wait(timeout=30)
-        reader.pull(None, staged.slot)  # replayed
-        reader.check(staged)
-        assert np.array_equal(reader.rows()[0].numpy(), oracle.lookup_ngrams(second))
+        for way, step in (("pull", 1), ("deliver", 3)):
+            first, second = (random_keys(oracle, ENTRIES, seed=50 + step + n) for n in range(2))
+            with ring.start(step, first) as staged:
+                reader.deliver(staged, timeout=30)
+                reader.check(staged)
+            obedient.ask("hold")
+            with ring.start(step + 1, second) as staged:
+                if way == "pull":
+                    reader.expect(staged)
+                    reader.pull(None, staged.slot)
+                else:
+                    with pytest.raises(errors.DeadlineExceeded):
+                        reader.deliver(staged, timeout=0.01)
+                with pytest.raises(errors.DeadlineExceeded, match="do not use what it made"):
+                    reader.check(staged)
+                assert reader.words()[0] == NOBODY and reader.dead()[0].all()
+                obedient.ask("release")
+                staged.wait(timeout=30)
+                reader.pull(None, staged.slot)  # replayed
+                reader.check(staged)
+                assert np.array_equal(reader.rows()[0].numpy(), oracle.lookup_ngrams(second))
 
 
 def test_a_step_of_layers_is_delivered_in_stream_order(

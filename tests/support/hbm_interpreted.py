@@ -1,4 +1,4 @@
-"""Kernels under Triton's interpreter: run as a process of its own, with TRITON_INTERPRET=1, as Triton asks.
+"""Kernels of hashing and of the HBM tier under Triton's interpreter, in the process of interpreted_checks.py.
 
 Each program is interpreted lane by lane, a tenth of a second each, so shapes are small. What the kernels
 share with their twins is compared with what shares nothing with either where there is such a thing: the
@@ -100,14 +100,9 @@ def check_decoded(arena: HbmArena, keys: torch.Tensor, wanted: list[bytes | None
         assert torch.equal(row, dequantize(ROW, held.copy(), dtype=torch.bfloat16))
 
 
-def main() -> None:
+def check() -> None:
     assert HASHING.serves(CPU), "the trial of hashing failed"
     assert KERNELS.serves(CPU), "the trial of the HBM tier failed"
     check_vectors()
     check_chunks()
     check_arena()
-    print("interpreted")
-
-
-if __name__ == "__main__":
-    main()

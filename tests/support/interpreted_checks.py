@@ -51,6 +51,13 @@ def groups(**_: Any) -> None:
             raise AssertionError(group.name)
 
 
+def hashing_and_hbm(**_: Any) -> None:
+    """See hbm_interpreted.py."""
+    from tests.support import hbm_interpreted
+
+    hbm_interpreted.check()
+
+
 def golden_gate(**_: Any) -> None:
     """The published vector in float32, through the module, dead positions included."""
     from engram_client.gpu import fused
