@@ -1,7 +1,7 @@
 """`tierbench NAME ...`: each subcommand is one module in `commands`, imported only when it is called.
 
 Exit codes are those of `tierstore`: 0 done, 1 a problem was found, 2 bad usage, 3 storage or format,
-4 unavailable, 130 interrupted. Data goes to stdout; progress and errors, one line each, to stderr.
+4 unavailable, 130 interrupted, 128 + N ended by signal N. Data goes to stdout; progress and errors, one line each, to stderr.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import argparse
 import ast
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from engram_client.errors import TierstoreError
+from tierbench.signals import Ended, ending_signals_raised
 from tierstore.cli import INTERRUPTED, OK, USAGE, exit_code
 
 FOLDER = Path(__file__).parent / "commands"
@@ -73,6 +75,24 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run_command(name: str, arguments: list[str]) -> int:
+    try:
+        with ending_signals_raised():
+            return _called(name, arguments)
+    except TierstoreError as error:
+        print(f"tierbench: {error}", file=sys.stderr)
+        return exit_code(error)
+    except Ended as ended:
+        print(f"tierbench: ended by {signal.Signals(ended.number).name}", file=sys.stderr)
+        return 128 + ended.number
+    except KeyboardInterrupt:
+        print("tierbench: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+
+
+def _called(name: str, arguments: list[str]) -> int:
     module = importlib.import_module(f"tierbench.commands.{name.replace('-', '_')}")
     parser = OneLineParser(
         prog=f"tierbench {name}",
@@ -81,19 +101,13 @@ def run_command(name: str, arguments: list[str]) -> int:
     )
     module.add_arguments(parser)
     args = parser.parse_args(arguments)
-    try:
-        code = int(module.run(args))
-        sys.stdout.flush()
-        return code
-    except TierstoreError as error:
-        print(f"tierbench: {error}", file=sys.stderr)
-        return exit_code(error)
-    except KeyboardInterrupt:
-        print("tierbench: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+    if folder := getattr(args, "record", None):
+        from tierbench.record import check_writable
+
+        check_writable(folder)  # now, not after all the work
+    code = int(module.run(args))
+    sys.stdout.flush()
+    return code
 
 
 if __name__ == "__main__":

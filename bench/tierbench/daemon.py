@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from engram_client.errors import Unavailable
+from tierbench.signals import deaf
 
 STOP_TIMEOUT_S = 30.0
 
@@ -49,7 +50,8 @@ def running_daemon(
         command = [sys.executable, "-m", "tierstore.cli", "serve", str(store), "--json"]
         for key, value in values.items():
             command += ["--set", f"{key}={value}"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        with deaf():
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             yield Daemon(process, *_addresses(process))
         finally:
@@ -69,6 +71,8 @@ def _stop(process: subprocess.Popen[str]) -> None:
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
+    except BaseException as error:  # too slow, or whoever waits is in a hurry: a second Ctrl-C
         process.kill()
         process.wait()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise

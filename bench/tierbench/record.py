@@ -109,6 +109,17 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} does not belong into a record")
 
 
+def check_writable(folder: Path) -> None:
+    """Raises StorageError where no record could be written into `folder`, which need not be there yet."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise StorageError(f"{folder}: records cannot be written there: {there} is no folder; choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StorageError(
+            f"{folder}: records cannot be written there: {there} may not be written; choose another"
+        )
+
+
 def _write_new(folder: Path, stem: str, text: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)

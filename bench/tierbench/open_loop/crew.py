@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,6 +23,7 @@ from engram_client.wire.convert import request_to_message
 from tierbench.histogram import merged
 from tierbench.open_loop.sweep import LAG_SHARE, verdict
 from tierbench.open_loop.window import Call, ask_for_exact_timers, due_times, run_window, sleeper
+from tierbench.signals import deaf
 from tierbench.yardsticks.empty_service import EmptyClient, EmptyService
 
 START_S = 0.05  # between an order and its window, so that all begin together
@@ -64,7 +64,8 @@ class Caller:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=_obey, args=(theirs, targets, number, callers), daemon=True)
-        self.process.start()
+        with deaf():  # the parent's to act on; its end of the pipe goes away
+            self.process.start()
         theirs.close()
 
     def order(self, what: str, *arguments: Any) -> None:
@@ -180,7 +181,6 @@ def _busy_share(before: Any, after: Any) -> float:
 
 def _obey(pipe: Connection, targets: Targets, number: int, callers: int) -> None:
     """The process: connect every way there is, then do what is ordered until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to act on; its end of the pipe goes away
     try:
         ask_for_exact_timers()
         keys = np.load(targets.keys)

@@ -19,6 +19,7 @@ import grpc
 
 from engram_client.errors import Unavailable
 from engram_client.transport.grpc import OPTIONS
+from tierbench.signals import deaf
 
 SERVICE = "/tierbench.Empty/"
 MESSAGE_BYTES_MAX = 64 << 20
@@ -65,7 +66,8 @@ def running_empty_service() -> Iterator[EmptyService]:
     with tempfile.TemporaryDirectory(prefix="tierbench-") as folder:
         path = f"{folder}/socket"
         command = [sys.executable, "-m", "tierbench.yardsticks.empty_service", path]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        with deaf():
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             assert process.stdout is not None
             port = process.stdout.readline().strip()

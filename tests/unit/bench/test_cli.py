@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -62,3 +64,42 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     monkeypatch.setattr(corpus, "run", interrupt)
     assert cli.main(["corpus", "--out", "x.npz"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_that_end_unwind(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tierbench.commands import corpus
+
+    unwound = []
+
+    def end(args: object) -> int:
+        try:
+            os.kill(os.getpid(), number)
+            signal.sigtimedwait([], 10)
+        finally:
+            unwound.append(True)
+        return 0
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(corpus, "run", end)
+    assert cli.main(["corpus", "--out", "x.npz"]) == 128 + number
+    assert unwound
+    assert f"ended by {number.name}" in capsys.readouterr().err
+    assert signal.getsignal(number) == before
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from tierbench.commands import serve
+
+    monkeypatch.setattr(serve, "run", lambda args: pytest.fail("it worked"))
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert cli.main(["serve", "--record", str(place)]) == 3
+        shown = capsys.readouterr()
+        assert f"{place}: records cannot be written there" in shown.err
+        assert shown.err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
