@@ -1,7 +1,8 @@
 """`tierbench NAME ...`: each subcommand is one module in `commands`, imported only when it is called.
 
 Exit codes are those of `tierstore`: 0 done, 1 a problem was found, 2 bad usage, 3 storage or format,
-4 unavailable, 130 interrupted, 128 + N ended by signal N. Data goes to stdout; progress and errors, one line each, to stderr.
+4 unavailable, 130 interrupted, 128 + N ended by signal N. Data goes to stdout; progress and errors, one
+line each, to stderr.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from tierbench import cli
 from tierbench.checkpoint import make_checkpoint
+from tierbench.commands import plan
 from tierbench.corpus import save_trace
+from tierbench.plan import measure
 from tierbench.plan.figures import Figures
 from tokenizers import Tokenizer, models
 
@@ -53,10 +55,21 @@ def content(store: Path) -> dict[str, tuple[bytes, int]]:
     return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
 
 
+@pytest.fixture
+def brief_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is measured, from a few calls each."""
+    for name, few in (("WARM_TOKENS", 512), ("HIT_CALLS", 64), ("MISS_CALLS", 20), ("PACED_CALLS", 20)):
+        monkeypatch.setattr(measure, name, few)
+    monkeypatch.setattr(measure, "BUSY_TOKENS", 64)
+    monkeypatch.setattr(measure, "WINDOW_S", 0.1)
+    monkeypatch.setattr(plan, "DISK_S_MIN", 0.2)
+
+
+@pytest.mark.usefixtures("brief_measuring")
 def test_a_plan_is_checked_and_leaves_the_store_alone(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     before = content(folder / "store")
     asked = ["--table", folder / "store", "--tokens-per-s", 8000, "--waiting", 1, "--disk-share", 1]
-    asked += ["--disk-s", 2, "--check", "--check-s", 0.2, "--record", tmp_path]
+    asked += ["--disk-s", 0.2, "--check", "--check-s", 0.2, "--record", tmp_path]
     assert cli.main(options(folder, *asked)) == 0
     shown = capsys.readouterr()
     (path,) = tmp_path.iterdir()
@@ -97,14 +110,14 @@ def planned(folder: Path, capsys: Capture, *more: object) -> dict[str, Any]:
 def test_more_memory_waits_less_and_the_cheapest_is_chosen(folder: Path, capsys: Capture) -> None:
     found = planned(folder, capsys, "--tokens-per-s", 500, "--waiting", 0.3, "--disk-share", 1)
     plans = found["plans"]
-    assert [plan["dram_bytes"] for plan in plans] == sorted(plan["dram_bytes"] for plan in plans)
+    assert [p["dram_bytes"] for p in plans] == sorted(p["dram_bytes"] for p in plans)
     assert plans[0]["hit_rate"] == 0
     assert plans[-1]["hit_rate"] > 0.5
     assert plans[-1]["waiting_share"] < plans[0]["waiting_share"]
     best = found["cheapest"]
     assert best is not None
     assert plans[best]["meets"]
-    assert not any(plan["meets"] for plan in plans[:best])
+    assert not any(p["meets"] for p in plans[:best])
     assert found["in_the_way"] == []
     assert found["price_all_in_dram"] > plans[best]["price"]
 

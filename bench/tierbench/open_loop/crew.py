@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ class Caller:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=_obey, args=(theirs, targets, number, callers), daemon=True)
+        resource_tracker.ensure_running()  # which, when it starts, makes this thread hear Ctrl-C
         with deaf():  # the parent's to act on; its end of the pipe goes away
             self.process.start()
         theirs.close()

@@ -103,3 +103,26 @@ def test_a_record_that_cannot_be_written_is_refused_before_the_work(
         assert f"{place}: records cannot be written there" in shown.err
         assert shown.err.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_signal_that_python_drops_comes_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Raised where a destructor runs, an exception goes no further."""
+    from tierbench.commands import corpus
+
+    class Last:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            list(range(1000))
+
+    def end(args: object) -> int:
+        last = Last()
+        del last
+        for _ in range(1000):
+            signal.sigtimedwait([], 0.01)
+        pytest.fail("nothing came")
+
+    monkeypatch.setattr(corpus, "run", end)
+    assert cli.main(["corpus", "--out", "x.npz"]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "tierbench: ended by SIGTERM\n"
