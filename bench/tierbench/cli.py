@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from engram_client.errors import TierstoreError
 from tierbench.signals import Ended, ending_signals_raised
-from tierstore.cli import INTERRUPTED, OK, USAGE, exit_code
+from tierstore.cli import INTERRUPTED, OK, STORAGE, USAGE, exit_code
 
 FOLDER = Path(__file__).parent / "commands"
 
@@ -91,6 +91,9 @@ def run_command(name: str, arguments: list[str]) -> int:
     except BrokenPipeError:  # whoever read our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+    except OSError as error:  # the outside world in ways of its own: a full disk, a folder that is closed
+        print(f"tierbench: {error.filename or name}: {error.strerror or error}", file=sys.stderr)
+        return STORAGE
 
 
 def _called(name: str, arguments: list[str]) -> int:

@@ -120,6 +120,17 @@ def check_writable(folder: Path) -> None:
         )
 
 
+def check_place(file: Path) -> None:
+    """Raises StorageError where `file` could not be written now: its folder is there, and it is none."""
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise StorageError(f"{file}: cannot be written: no such folder; make it, or choose another")
+    if file.is_dir():
+        raise StorageError(f"{file}: cannot be written: it is a folder; name a file in it")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise StorageError(f"{file}: cannot be written: not permitted; choose another place")
+
+
 def _write_new(folder: Path, stem: str, text: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)

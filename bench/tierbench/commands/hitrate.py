@@ -34,6 +34,7 @@ from tierbench.hitrate.tiers import Asked, Budgets, check_memory, served_budgets
 from tierbench.models import MODELS
 from tierbench.options import count, fraction, positive, whole
 from tierbench.progress import byte_progress, count_progress
+from tierbench.record import check_place
 from tierstore.config.units import parse_bytes
 
 NAME = "hitrate"
@@ -105,6 +106,8 @@ def _budget(text: str) -> Asked:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
+    if args.save_trace:
+        check_place(args.save_trace)
     if not args.live:
         return _run(args, None)
     with connect(args.live) as client:

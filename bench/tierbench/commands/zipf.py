@@ -28,7 +28,8 @@ from tierbench.hitrate.shown import percent, size
 from tierbench.models import MODELS
 from tierbench.options import count, whole
 from tierbench.policy.phrases import FIRST_TOKEN
-from tierbench.progress import byte_progress, count_progress
+from tierbench.progress import byte_progress, count_progress, stage
+from tierbench.record import check_place
 from tierbench.zipf.fit import fit, target_of
 from tierbench.zipf.nearness import asked_of, nearness
 from tierbench.zipf.workload import ALL, Workload, load_workload, save_workload
@@ -81,12 +82,15 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.out:
+        check_place(args.out)
     return _make(args) if args.verb == "make" else _fit(args)
 
 
 def _make(args: argparse.Namespace) -> int:
     workload = _asked_workload(args)
-    ids, off = workload.make(args.seed)
+    with stage("drawing tokens"):
+        ids, off = workload.make(args.seed)
     save_trace(args.out, ids, off)
     told = {
         "trace": args.out.name, "tokens": int(ids.size), "documents": int(off.size - 1),

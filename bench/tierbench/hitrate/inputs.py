@@ -1,16 +1,19 @@
 """What people give: text files, folders of them, JSONL and token traces, as one token trace.
 
 Nothing is skipped in silence. A file named outright must be what it seems; in a folder, files that
-are not UTF-8 text are counted and left out, and so are hidden ones.
+are not UTF-8 text are counted and left out, and so are hidden ones. A folder in it that may not be read is
+an error, as nobody can say what is missing then.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -42,7 +45,7 @@ def read_inputs(paths: list[Path], reading: Reading) -> tuple[Ids, Offsets]:
     traces = [load_trace(p) if p.suffix == TRACE_SUFFIX else _tokens(p, reading) for p in paths]
     if reading.left_out:
         first = reading.left_out[0]
-        reading.notify(f"left out {len(reading.left_out)} files that are no UTF-8 text, such as {first}")
+        reading.notify(f"files left out that are no UTF-8 text: {len(reading.left_out)}, such as {first}")
     ids = np.concatenate([ids for ids, _ in traces])
     shifts = np.cumsum([0] + [len(found) for found, _ in traces])
     off = np.concatenate([[0], *(off[1:] + shift for (_, off), shift in zip(traces, shifts, strict=False))])
@@ -101,9 +104,16 @@ def _documents(path: Path, reading: Reading) -> Iterator[str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Files of a folder and below but hidden ones, always in the same order."""
-    found = (p for p in folder.rglob("*") if p.is_file())
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    """Files of a folder and below but hidden ones, always in the same order. Raises StorageError."""
+
+    def unreadable(error: OSError) -> NoReturn:
+        raise StorageError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.is_file())
 
 
 def _text(path: Path) -> str | None:
@@ -115,7 +125,7 @@ def _text(path: Path) -> str | None:
     if b"\0" in data:
         return None
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         return None
 
@@ -123,7 +133,7 @@ def _text(path: Path) -> str | None:
 def _lines(path: Path, name: str) -> Iterator[str]:
     """The documents of a JSONL file: field `name` of the object on each line."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _field(line, name, f"{path}:{number}")
@@ -136,7 +146,7 @@ def _lines(path: Path, name: str) -> Iterator[str]:
 def _field(line: str, name: str, where: str) -> str:
     try:
         found = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: not a line of JSON: {error}; mend the line or take it out") from error
     if not isinstance(found, dict) or not isinstance(found.get(name), str):
         have = ", ".join(sorted(found)) if isinstance(found, dict) else type(found).__name__
@@ -145,4 +155,16 @@ def _field(line: str, name: str, where: str) -> str:
         raise FormatError(
             f"{where}: expected an object with text in {name!r}, got {have}; choose with --field"
         )
-    return str(found[name])
+    return _encodable(found[name], where)
+
+
+def _encodable(text: str, where: str) -> str:
+    """JSON can escape halves of characters, which no UTF-8 and no tokenizer has. Raises FormatError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("ascii", "backslashreplace").decode()
+        raise FormatError(
+            f"{where}: the text has {half}, half of a character; mend the line or take it out"
+        ) from error
+    return text

@@ -17,6 +17,7 @@ from engram_client.spec import HashScheme, TableSpec
 from tierbench.checkpoint import installed_tokenizer
 from tierbench.models import PUBLISHED_ROWS, ROW_BYTES, Size, table_schemes
 from tierbench.prepared import packed_tables
+from tierbench.progress import stage
 from tierstore.format.geometry import Geometry
 from tierstore.format.rowfile import RowFile
 
@@ -135,7 +136,7 @@ def published_model(name: str, tokenizer: Path | None, *, by_rows: bool = False)
     size = Size(PUBLISHED_ROWS[name])
     folded = None
     if name != "qwen-ple":
-        folded = CompressedTokenizer(_required(tokenizer))
+        folded = _folded(tokenizer)
         size = Size(PUBLISHED_ROWS[name], compressed_vocab_size=folded.vocab_size)
     schemes = table_schemes(name, size)
     tables = [ModelTable(f"{name}.layer{s.layer_id}", s, ROW_BYTES[name], s.rows) for s in schemes]
@@ -168,7 +169,7 @@ def served_model(specs: Iterable[TableSpec], tokenizer: Path | None) -> Model:
             "one model at a time: choose its tables with --table"
         )
     schemes = [table.scheme for table in tables]
-    folded = CompressedTokenizer(_required(tokenizer)) if schemes[0].kind == "engram" else None
+    folded = _folded(tokenizer) if schemes[0].kind == "engram" else None
     mapping = NgramHashMapping.from_schemes(schemes, folded)
     return Model(chosen[0].model or "tables", tables, mapping, addressings == {"row"})
 
@@ -182,6 +183,12 @@ def _shape_told(spec: TableSpec) -> str:
 def fold_tokenizer(given: Path | None) -> Path | None:
     """The tokenizer whose vocabulary the Engram models fold: the one given, else the one installed."""
     return given or installed_tokenizer()
+
+
+def _folded(tokenizer: Path | None) -> CompressedTokenizer:
+    path = _required(tokenizer)
+    with stage("folding the vocabulary"):
+        return CompressedTokenizer(path)
 
 
 def _required(tokenizer: Path | None) -> Path:

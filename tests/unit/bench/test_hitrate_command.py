@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tierbench import cli, progress
+from tierbench import cli
 from tierbench.corpus import load_trace, save_trace
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -76,11 +78,19 @@ def test_every_kind_of_input_is_read(tmp_path: Path, base: list[object], capsys:
     assert found["trace"]["tokens"] == 10
 
 
+def test_byte_order_marks_are_not_text(tmp_path: Path, base: list[object], capsys: Capture) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfword1 word2")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "word3"}')
+    found = figures(capsys, tmp_path, *base, "--dram", "10%", "--save-trace", tmp_path / "t.npz")
+    assert load_trace(tmp_path / "t.npz")[0].tolist() == [1, 2, 3]
+    assert found["trace"]["documents"] == 2
+
+
 def test_what_is_left_out_of_a_folder_is_told(tmp_path: Path, base: list[object], capsys: Capture) -> None:
     (tmp_path / "a.txt").write_text("word1")
     (tmp_path / "b.bin").write_bytes(b"\0\1")
     assert hitrate(tmp_path, *base, "--dram", "1MiB", "--json") == 0
-    assert "left out 1 files that are no UTF-8 text" in capsys.readouterr().err
+    assert "files left out that are no UTF-8 text: 1" in capsys.readouterr().err
 
 
 def test_what_the_command_tells(trace: Path, base: list[object], tmp_path: Path, capsys: Capture) -> None:
@@ -170,6 +180,8 @@ class TestWrongInput:
             ('{"body": "x"}', "got body; choose with --field"),
             ('{"text": 3}', "got int in it; choose"),
             ("[1]", "got list; choose"),
+            ("[" * 100_000, "not a line of JSON"),
+            (r'{"text": "word1 \ud800"}', r"the text has \ud800, half of a character"),
         ],
     )
     def test_lines_of_something_else(
@@ -177,6 +189,20 @@ class TestWrongInput:
     ) -> None:
         (tmp_path / "a.jsonl").write_text('{"text": "word1"}\n' + line + "\n")
         self.refused(capsys, 3, message, tmp_path / "a.jsonl", *base, "--dram", "1MiB")
+
+    def test_a_folder_with_one_that_may_not_be_read(
+        self, tmp_path: Path, base: list[object], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "texts" / "closed").mkdir(parents=True)
+        scandir = os.scandir
+
+        def closed(path: str) -> Any:
+            if Path(path).name == "closed":
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", closed)  # who runs tests as root may read everything
+        self.refused(capsys, 3, "closed: cannot be read", tmp_path / "texts", *base, "--dram", "1MiB")
 
     def test_binary_lines(self, tmp_path: Path, base: list[object], capsys: Capture) -> None:
         (tmp_path / "a.jsonl").write_bytes(b"\xff\xff")
@@ -298,39 +324,3 @@ def test_a_model_packed_by_rows(trace: Path, base: list[object], capsys: Capture
     assert "single_rows" not in found["budgets"][0]["beside"]
     assert hitrate(trace, *base, "--addressing", "row", "--dram", "256KiB", "--curve") == 0
     assert "each row is a record of its own" in capsys.readouterr().out
-
-
-class TestProgress:
-    @pytest.fixture
-    def clock(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-        now = [0.0]
-        monkeypatch.setattr("tierbench.progress.time.monotonic", lambda: now[0])
-        return now
-
-    @pytest.fixture
-    def started(self, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-        """Whether each bar that was started is one that shows."""
-        found: list[bool] = []
-        monkeypatch.setattr(
-            progress.Progress, "start", lambda self: found.append(not self.live.console.quiet)
-        )
-        return found
-
-    def test_what_is_quick_shows_nothing(self, clock: list[float], started: list[bool]) -> None:
-        with progress.count_progress("working", 10) as advance:
-            clock[0] = 1.9
-            advance(5)
-        assert started == []
-
-    def test_what_lasts_shows_a_bar_once(self, clock: list[float], started: list[bool]) -> None:
-        with progress.count_progress("working", 10) as advance:
-            for at in (1.0, 2.0, 3.0):
-                clock[0] = at
-                advance(1)
-        assert len(started) == 1
-
-    def test_no_terminal_no_bar(self, clock: list[float], capsys: Capture) -> None:
-        with progress.count_progress("working", 10) as advance:
-            clock[0] = 5.0
-            advance(10)
-        assert capsys.readouterr().err == ""
