@@ -13,20 +13,24 @@ with rows that know less than his model.
 
 from __future__ import annotations
 
+import importlib
+import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
 
 from engram_client.arrays import numbers_to_host, to_host
-from engram_client.errors import BadRequest, UnknownTable
+from engram_client.errors import BadRequest, Unavailable, UnknownTable
 from engram_client.kernels.gradients import sum_by_row
 from engram_client.prefetch import Prefetcher
 from engram_client.table import DEFAULT_TIMEOUT_S, Table
 from engram_client.transport.base import Transport
 from engram_client.transport.training import (
     GRADIENT_DTYPES,
+    OpenStep,
     TrainedDescription,
     TrainingTransport,
     UpdateRequest,
@@ -188,3 +192,50 @@ class Training:
     def step(self) -> int | None:
         """The last committed step; None before the first."""
         return next((d.committed_step for d in self._training.describe()), None)
+
+    # What becomes of a step. The service's own code writes the files, here where the client is.
+
+    def open_step(self, step: int | None = None) -> OpenStep:
+        """All rows of a step of `steps()` (None: the last), read while training goes on; close it."""
+        return self._training.open_step(step)
+
+    def export(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        step: int | None = None,
+        tables: Sequence[str] = (),
+        with_optimizer: bool = False,
+    ) -> Any:
+        """Write a committed step as a checkpoint, into the new folder `out`; see `tierstore export`."""
+        with self._rows(step) as (service, rows):
+            return service.export_step(rows, out, tables=tables, with_optimizer=with_optimizer)
+
+    def publish(
+        self,
+        store: str | os.PathLike[str],
+        *,
+        step: int | None = None,
+        tables: Sequence[str] = (),
+        name: str | None = None,
+        dtype: str | None = None,
+    ) -> Any:
+        """Make the weights of a committed step a generation that is served; see `tierstore publish`."""
+        with self._rows(step) as (service, rows):
+            return service.publish_step(rows, store, tables=tables, name=name, dtype=dtype)
+
+    def snapshot(self, out: str | os.PathLike[str], *, step: int | None = None) -> Any:
+        """Copy a committed step into a training store of its own, the new folder `out`."""
+        with self._rows(step) as (service, rows):
+            return service.copy_step(rows, out)
+
+    @contextmanager
+    def _rows(self, step: int | None) -> Iterator[tuple[Any, Any]]:
+        try:
+            service: Any = importlib.import_module("tierstore.snapshots")
+        except ImportError as error:
+            raise Unavailable(
+                f"writing a step needs tierstore in this process: {error}; install it"
+            ) from error
+        with closing(self.open_step(step)) as opened:
+            yield service, service.described(opened)

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from engram_client.deadline import Deadline
-from engram_client.transport.training import TrainedDescription, UpdateRequest
+from engram_client.transport.grpc_steps import GrpcStep
+from engram_client.transport.training import OpenStep, TrainedDescription, UpdateRequest
 from engram_client.wire import memory_pb2 as pb
 from engram_client.wire.training import description_from_message, update_to_message
 
@@ -94,3 +95,6 @@ class GrpcTraining:
 
     def steps(self) -> list[int]:
         return list(self._call("Steps", pb.StepsRequest(), pb.StepsResponse, 30.0).steps)
+
+    def open_step(self, step: int | None) -> OpenStep:
+        return GrpcStep(self._call, step)

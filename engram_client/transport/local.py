@@ -13,7 +13,7 @@ from engram_client.errors import Cancelled, Unavailable
 from engram_client.spec import TableSpec
 from engram_client.transport.base import HitPath, LookupRequest
 from engram_client.transport.landing import Landing
-from engram_client.transport.training import TrainedDescription, UpdateRequest
+from engram_client.transport.training import OpenStep, TrainedDescription, UpdateRequest
 
 
 class LocalTransport:
@@ -149,3 +149,7 @@ class LocalTraining:
 
     def steps(self) -> list[int]:
         return list(self.store.steps())
+
+    def open_step(self, step: int | None) -> OpenStep:
+        opened: OpenStep = self.store.snapshot(step)
+        return opened

@@ -46,6 +46,22 @@ class TrainedDescription:
     updated_step: int | None = None  # of the newest update, committed or not
 
 
+class OpenStep(Protocol):
+    """A committed step that is held open to be read while training goes on. Errors as of look-ups."""
+
+    step: int
+    state: bytes
+    tables: list[Any]  # what the service knows of each, as it describes them
+
+    def read(self, table: int, ids: np.ndarray, out: np.ndarray) -> None:
+        """Rows `ids` int64 [n] of table number `table` into `out` uint8 [n, row_bytes]."""
+
+    def touched(self, table: int, first: int, last: int) -> np.ndarray:
+        """Those of rows [first, last) that may differ from the initial ones: int64 [n], ascending."""
+
+    def close(self) -> None: ...
+
+
 class TrainingTransport(Protocol):
     """Where updates go. Thread safe; every error is an engram_client.errors class."""
 
@@ -69,3 +85,6 @@ class TrainingTransport(Protocol):
 
     def steps(self) -> list[int]:
         """Committed steps that are kept, oldest first."""
+
+    def open_step(self, step: int | None) -> OpenStep:
+        """A kept step, None: the last; its caller closes it. Raises BadRequest, Overloaded."""

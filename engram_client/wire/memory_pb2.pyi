@@ -283,3 +283,65 @@ class StepsResponse(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     steps: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, steps: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class OpenStepRequest(_message.Message):
+    __slots__ = ("step",)
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    def __init__(self, step: _Optional[int] = ...) -> None: ...
+
+class OpenStepResponse(_message.Message):
+    __slots__ = ("number", "step", "state", "tables_json")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    TABLES_JSON_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    step: int
+    state: bytes
+    tables_json: str
+    def __init__(self, number: _Optional[int] = ..., step: _Optional[int] = ..., state: _Optional[bytes] = ..., tables_json: _Optional[str] = ...) -> None: ...
+
+class ReadStepRequest(_message.Message):
+    __slots__ = ("number", "table", "row_ids")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    ROW_IDS_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    table: int
+    row_ids: bytes
+    def __init__(self, number: _Optional[int] = ..., table: _Optional[int] = ..., row_ids: _Optional[bytes] = ...) -> None: ...
+
+class ReadStepResponse(_message.Message):
+    __slots__ = ("rows",)
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    rows: bytes
+    def __init__(self, rows: _Optional[bytes] = ...) -> None: ...
+
+class TouchedRowsRequest(_message.Message):
+    __slots__ = ("number", "table", "first", "last")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    table: int
+    first: int
+    last: int
+    def __init__(self, number: _Optional[int] = ..., table: _Optional[int] = ..., first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
+
+class TouchedRowsResponse(_message.Message):
+    __slots__ = ("row_ids",)
+    ROW_IDS_FIELD_NUMBER: _ClassVar[int]
+    row_ids: bytes
+    def __init__(self, row_ids: _Optional[bytes] = ...) -> None: ...
+
+class CloseStepRequest(_message.Message):
+    __slots__ = ("number",)
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    def __init__(self, number: _Optional[int] = ...) -> None: ...
+
+class CloseStepResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -10,6 +10,7 @@ import numpy as np
 from engram_client.hashing.schemes import engram_schemes
 from engram_client.spec import HashScheme
 from tests.support.training import push_of
+from tierstore.catalog import Catalog
 from tierstore.config import Training
 from tierstore.training.recipe import layout_of, make_recipe
 from tierstore.training.store import TrainingStore
@@ -55,6 +56,7 @@ def train(store: TrainingStore, steps: range, rows: int = 40) -> None:
 def made_store(folder: Path, steps: int = 3, **options: Any) -> Path:
     """A store directory, trained so far and closed."""
     TrainingStore.create(folder, specs(**options))
+    Catalog.open(folder, create=True).close()
     store = TrainingStore.open(folder, CONFIG)
     train(store, range(steps))
     store.close()

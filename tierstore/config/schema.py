@@ -258,6 +258,12 @@ class Training(Section, frozen=True):
     keep_steps: Annotated[
         int, Meta(ge=1, le=10_000, description="committed steps that can be gone back to, the last included")
     ] = 2
+    snapshots_max: Annotated[
+        int, Meta(ge=1, le=64, description="committed steps that clients may read at once, for exports")
+    ] = 4
+    snapshot_idle_s: Annotated[
+        Seconds, Meta(gt=0, le=86400, description="a step that no client reads for so long is closed")
+    ] = 600
     read_depth: Annotated[
         int, Meta(ge=1, le=1024, description="reads of rows from log and pages in flight at once")
     ] = 32

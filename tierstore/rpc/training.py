@@ -22,6 +22,7 @@ from engram_client.wire import memory_pb2 as pb
 from engram_client.wire.training import description_to_message, update_from_message
 from tierstore.config import Config
 from tierstore.rpc.handling import method, serialized
+from tierstore.rpc.steps import StepReading
 from tierstore.training import TrainingStore
 
 TRAINING_NAME = pb.DESCRIPTOR.services_by_name["TrainingService"].full_name
@@ -35,6 +36,7 @@ class TrainingService:
         self._store = store
         self._requests_max = max(config.serve.concurrent_requests_max, 2 * config.training.world)
         self._threads = ThreadPoolExecutor(config.serve.workers, thread_name_prefix="tierstore-training")
+        self._steps = StepReading(store, config.training, self._in_work_in_thread)
         self._requests = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -50,6 +52,7 @@ class TrainingService:
                 "WaitDurable": method(self.wait_durable, pb.WaitDurableRequest, serialized),
                 "Rollback": method(self.rollback, pb.RollbackRequest, serialized),
                 "Steps": method(self.steps, pb.StepsRequest, serialized),
+                **self._steps.methods(),
             },
         )
 
@@ -95,10 +98,13 @@ class TrainingService:
     async def steps(self, _request: pb.StepsRequest, _context: Any) -> pb.StepsResponse:
         return pb.StepsResponse(steps=self._store.steps())
 
-    async def _in_thread(self, work: Callable[[], object]) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def _in_thread(self, work: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    async def _in_work(self, work: Any) -> None:
+    async def _in_work_in_thread(self, work: Callable[[], Any]) -> Any:
+        return await self._in_work(self._in_thread(work))
+
+    async def _in_work(self, work: Any) -> Any:
         """One of the calls in work; it goes on where its caller has gone away."""
         if self._draining or self._requests >= self._requests_max:
             work.close()
@@ -112,9 +118,9 @@ class TrainingService:
         self._idle.clear()
         task = asyncio.ensure_future(work)
         task.add_done_callback(self._leave)
-        await asyncio.shield(task)
+        return await asyncio.shield(task)
 
-    def _leave(self, task: asyncio.Future[None]) -> None:
+    def _leave(self, task: asyncio.Future[Any]) -> None:
         self._requests -= 1
         if not self._requests:
             self._idle.set()
@@ -130,6 +136,7 @@ class TrainingService:
     def close(self) -> None:
         """Drop what has not begun; closing the store waits for the rest."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._steps.close()
 
 
 def _deadline_of(message: Any, context: Any) -> Deadline:

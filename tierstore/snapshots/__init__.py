@@ -8,7 +8,7 @@ some batches in memory.
 from tierstore.snapshots.copying import Copied, copy_step
 from tierstore.snapshots.export import Exported, export_step
 from tierstore.snapshots.publish import Published, publish_step
-from tierstore.snapshots.rows import StepRows, open_step
+from tierstore.snapshots.rows import StepRows, described, open_step
 
 __all__ = [
     "Copied",
@@ -16,6 +16,7 @@ __all__ = [
     "Published",
     "StepRows",
     "copy_step",
+    "described",
     "export_step",
     "open_step",
     "publish_step",

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from msgspec import structs
@@ -50,6 +50,13 @@ def open_step(directory: Path | str, step: int | None = None) -> Iterator[StepRo
         storage.snapshot(step) as rows,
     ):
         yield rows
+
+
+def described(opened: Any) -> StepRows:
+    """A client's open step, whose tables may be as they came over the wire."""
+    opened.tables = [t if isinstance(t, TrainedSpec) else TrainedSpec.from_json(t) for t in opened.tables]
+    rows: StepRows = opened
+    return rows
 
 
 def numbers_of(rows: StepRows, names: Sequence[str]) -> list[int]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from engram_client.deadline import Deadline
 from engram_client.errors import Unavailable
+from tierstore.updates.checks import check_rows
 from tierstore.updates.log_rows import LogRows, LogView
 from tierstore.updates.pages import TablePages
 from tierstore.updates.reading import PieceReader
@@ -43,6 +44,7 @@ class Snapshot:
 
     def read(self, table: int, ids: np.ndarray, out: np.ndarray, deadline: Deadline | None = None) -> None:
         """Rows `ids` int64 [n] into `out` uint8 [n, row_bytes]; see `RowStorage.read`."""
+        check_rows(self.tables, table, ids, out)
         if self._closed:
             raise Unavailable(f"the snapshot of step {self.step} is closed")
         self._check_open()  # the store's files are closed with it
