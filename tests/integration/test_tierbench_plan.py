@@ -155,6 +155,7 @@ WRONG = {
     "brief": (["--tokens-per-s", 1, "--table", "STORE", "--disk-s", "0.5"], "--disk-s 0.5"),
     "figures": (["--tokens-per-s", 1, "--table", "STORE", "--figures", "absent.json"], "cannot be read"),
     "no rate": (["--tokens-per-s", 0, "--table", "STORE"], "expected a number above 0"),
+    "vast": (["--tokens-per-s", "1e308", "--table", "STORE"], "expected 0.001 to 1e+09"),
     "share": (["--tokens-per-s", 1, "--table", "STORE", "--waiting", "3%"], "expected a finite number"),
 }
 

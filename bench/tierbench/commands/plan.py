@@ -43,6 +43,7 @@ from tierbench.progress import byte_progress, count_progress
 from tierbench.timed_store import linked_copy
 
 V41_LAYERS = (1, 14)
+RATES = 1e-3, 1e9  # tokens a second; beyond these, times are no numbers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +140,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise BadRequest("say which tables: one of --model and --table")
     if args.table and not args.table.is_dir():
         raise BadRequest(f"--table {args.table}: give the folder of a store, as `tierstore pack` makes it")
+    if not RATES[0] <= args.tokens_per_s <= RATES[1]:
+        raise BadRequest(f"--tokens-per-s {args.tokens_per_s:g}: expected {RATES[0]:g} to {RATES[1]:g}")
     if args.disk_s < DISK_S_MIN:
         raise BadRequest(f"--disk-s {args.disk_s:g}: what a disk sustains shows in {DISK_S_MIN:g} s or more")
     if args.check and args.hbm:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from engram_client.errors import BadRequest
 from tierbench.hitrate.budget import BudgetRun, Disk
 from tierbench.hitrate.curve import POINTS, miss_ratio_curve
 from tierbench.hitrate.lookups import Lookups, lookups_of
@@ -16,6 +17,7 @@ from tierbench.hitrate.sample import Estimate, RowSample, Sample
 from tierbench.hitrate.tiers import Budgets
 from tierbench.policy.bounds import belady
 from tierbench.policy.classical import sieve
+from tierbench.policy.sampling import GROUPS
 
 SAMPLED_ACCESSES = 4_000_000  # what a sample holds, about, where no rate is given
 OTHERS = ("lru", "sieve", "clairvoyant", "single_rows")  # beside the product, for each budget
@@ -94,6 +96,11 @@ class Study:
 
     def _trace_told(self) -> dict[str, Any]:
         trace, disk, stream = self._sample.trace, self._disk, self._stream
+        if trace.rate < 1 and trace.sampled_distinct < GROUPS:
+            raise BadRequest(
+                f"--sample: {trace.rate:.2g} of this text's records are {trace.sampled_distinct}, and from "
+                f"fewer than {GROUPS} no error can be told; take a larger share, or more text"
+            )
         accesses = stream.tokens * self._model.entries_per_token
         found = {
             "documents": int(stream.document_starts.size),

@@ -78,7 +78,7 @@ class Workload:
         if not 1 <= self.tokens <= TOKENS_MAX:
             raise BadRequest(f"{self.tokens} tokens: need 1 to {TOKENS_MAX}")
         if not 2 <= self.vocabulary <= 2**32 - FIRST_TOKEN:
-            raise BadRequest(f"a vocabulary of {self.vocabulary}: need 2 and more")
+            raise BadRequest(f"a vocabulary of {self.vocabulary}: need 2 to {2**32 - FIRST_TOKEN}")
         steps = np.diff(self.document_tokens)
         if not self.document_tokens or self.document_tokens[0] < 1 or (steps < 0).any():
             raise BadRequest("document_tokens: need lengths of 1 and more, the shortest first")

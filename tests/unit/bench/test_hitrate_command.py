@@ -262,6 +262,8 @@ class TestWrongInput:
             assert left.value.code == 2
             assert f"--{name}: '{wrong}': expected" in capsys.readouterr().err
         self.refused(capsys, 2, "--sample 1.5", trace, *base, "--dram", "1MiB", "--sample", "1.5")
+        for asked in (("--dram", "1MiB"), ("--curve",)):
+            self.refused(capsys, 2, "no error can be told", trace, *base, *asked, "--sample", "1e-12")
 
     def test_no_table_there(self, tmp_path: Path, trace: Path, tokenizer: Path, capsys: Capture) -> None:
         options = ["--tokenizer", tokenizer, "--dram", "1MiB", "--table"]
