@@ -47,9 +47,9 @@ class StepReading:
                 f"{context.peer()}: run the command on the daemon's machine"
             )
         step = message.step if message.HasField("step") else None
-        number, snapshot = await self._in_thread(lambda: self._open.open(lambda: self._store.snapshot(step)))
-        if self._expiring is None or self._expiring.done():
+        if self._expiring is None:  # before: who opens one may be gone before it is open
             self._expiring = asyncio.create_task(self._expire())
+        number, snapshot = await self._in_thread(lambda: self._open.open(lambda: self._store.snapshot(step)))
         tables = json.dumps([spec.to_json() for spec in snapshot.tables])
         return pb.OpenStepResponse(
             number=number, step=snapshot.step, state=snapshot.state, tables_json=tables
@@ -89,8 +89,9 @@ class StepReading:
 
     async def _expire(self) -> None:
         with suppress(asyncio.CancelledError):
-            while self._open.expire():
+            while True:
                 await asyncio.sleep(self._idle_s / LOOKS_PER_IDLE)
+                self._open.expire()
 
     def close(self) -> None:
         """Nobody reads any more."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from engram_client.errors import BadRequest
 from engram_client.spec import Field
 from tierstore.packing import Progress
 from tierstore.packing.run import OnProgress
@@ -106,6 +107,9 @@ def _tensors(chosen: Sequence[_Table]) -> list[NewTensor]:
         if t.as_demo and t.spec.scheme:
             heads = t.spec.scheme.orders * t.spec.scheme.heads
             tensors.append(NewTensor(offsets_name(t.spec.scheme), "int64", (heads,)))
+    names = [tensor.name for tensor in tensors]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise BadRequest(f"two tables would both have a tensor {twice[0]!r}; export them one by one")
     return tensors
 
 

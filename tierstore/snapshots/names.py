@@ -37,15 +37,16 @@ def is_demo(spec: TrainedSpec) -> bool:
 
 def demo_tables(specs: Sequence[TrainedSpec]) -> set[str]:
     """Names of the tables that get the demo's names: those of one model, each layer once."""
-    first: HashScheme | None = None
+    model: tuple[object, ...] | None = None  # what config.json holds, the same for all
     layers: set[int] = set()
     names = set()
     for spec in specs:
         scheme = spec.scheme
         if scheme is None or not is_demo(spec) or scheme.layer_id in layers:
             continue
-        first = first or scheme
-        if (scheme.parameters, scheme.vocab_size) == (first.parameters, first.vocab_size):
+        numbers = (scheme.parameters, scheme.vocab_size, spec.layout.embedding_dim)
+        model = model or numbers
+        if numbers == model:
             layers.add(scheme.layer_id)
             names.add(spec.name)
     return names

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engram_client.errors import BadRequest
+from engram_client.errors import BadRequest, StorageError
 from tests.support.trained import TableModel, random_rows, read_all, tables
 from tests.support.trained_steps import CONFIG, all_rows, made_store, train
 from tierstore.cli import main
@@ -16,6 +16,7 @@ from tierstore.config import Training
 from tierstore.snapshots import copy_step, open_step
 from tierstore.training.store import TrainingStore
 from tierstore.updates import Initial, RowStorage, Snapshot, TrainedSpec, filled
+from tierstore.updates.pages import TablePages
 
 
 @pytest.fixture(autouse=True)
@@ -119,3 +120,14 @@ def test_a_copy_of_nothing_but_a_step(tmp_path: Path) -> None:
     with RowStorage.open(tmp_path / "copy" / "training", Training()) as copy:
         assert copy.steps() == [0]
         assert np.array_equal(read_all(copy, 0), before)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TablePages, "rewrite", no_space)
+    refused = pytest.raises(StorageError, match=r"too little room .*: \d{5,} bytes are wanted, \d+ are free")
+    with open_step(made_store(tmp_path / "store")) as opened, refused:
+        copy_step(opened, tmp_path / "copy")
+    assert os.listdir(tmp_path) == ["store"]
