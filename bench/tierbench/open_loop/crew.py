@@ -195,10 +195,10 @@ def _obey(pipe: Connection, targets: Targets, number: int, callers: int) -> None
                 except EOFError:
                     return
                 pipe.send(getattr(hand, what)(*arguments))
-    except BrokenPipeError:  # the parent was interrupted
+    except ConnectionError:  # the parent was interrupted
         return
     except TierstoreError as error:
-        with suppress(BrokenPipeError):
+        with suppress(ConnectionError):
             pipe.send(error)
 
 
