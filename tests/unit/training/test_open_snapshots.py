@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from engram_client.errors import BadRequest, Overloaded
+from engram_client.wire import memory_pb2 as pb
+from tierstore.config import Training
+from tierstore.rpc.steps import StepReading
 from tierstore.training.open_snapshots import OpenSnapshots
 
 
@@ -92,3 +97,36 @@ def test_never_while_somebody_reads(steps: OpenSnapshots, clock: Clock) -> None:
     _, last = opened(steps)
     steps.close_all()
     assert last.closed == 1
+
+
+def test_a_dead_clients_step_is_closed_though_nobody_else_comes() -> None:
+    """Also of one that was gone before its step was open."""
+    snapshots: list[Any] = []
+
+    class Store:
+        def snapshot(self, _step: int | None) -> Any:
+            made: Any = Opened()
+            made.step, made.state, made.tables = 1, b"", []
+            snapshots.append(made)
+            return made
+
+    class Context:
+        def peer(self) -> str:
+            return "unix:"
+
+    async def gone(work: Callable[[], Any]) -> Any:
+        work()
+        raise asyncio.CancelledError
+
+    async def scenario() -> None:
+        store: Any = Store()
+        reading = StepReading(store, Training(snapshots_max=1, snapshot_idle_s=0.01), gone)
+        with pytest.raises(asyncio.CancelledError):
+            await reading.open(pb.OpenStepRequest(), Context())
+        async with asyncio.timeout(30):
+            while not snapshots[0].closed:
+                await asyncio.sleep(0)
+        reading.close()
+
+    asyncio.run(scenario())
+    assert snapshots[0].closed == 1
