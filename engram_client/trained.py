@@ -46,6 +46,8 @@ class TrainedTable(Table):
     between, and no older than updates that had returned.
     """
 
+    collective = False  # nobody else must read with it
+
     def __init__(
         self,
         description: TrainedDescription,
@@ -89,7 +91,7 @@ class TrainedTable(Table):
         behind; GenerationMismatch; DeadlineExceeded or StorageError, after which the same call goes on where
         it stopped.
         """
-        ids, values = self._checked(row_ids, gradients)
+        ids, values = check_gradients(self.spec.name, self.dim, row_ids, gradients)
         distinct, sums = sum_by_row(ids, values)
         request = UpdateRequest(
             self.spec.name, self.spec.generation, step, distinct, sums, learning_rate, weight_decay,
@@ -104,24 +106,22 @@ class TrainedTable(Table):
         content = (step, int(np.bitwise_xor.reduce(ids)), ids.size, int(words.sum(dtype=np.int64)))
         return hash((self._trainer, self._pushed, *content)) & (2**63 - 1)
 
-    def _checked(self, row_ids: Any, gradients: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Row ids int64 [n] and gradients [n, dim]."""
-        ids = np.asarray(to_host(row_ids))
-        values = numbers_to_host(gradients)
-        if ids.dtype not in (np.int64, np.int32):
-            raise BadRequest(f"table {self.spec.name!r}: row ids must be int64 or int32, got {ids.dtype}")
-        if values.shape != (*ids.shape, self.dim):
-            raise BadRequest(
-                f"table {self.spec.name!r}: row ids {list(ids.shape)} need gradients of shape "
-                f"{[*ids.shape, self.dim]}, got {list(values.shape)}"
-            )
-        if values.dtype not in GRADIENT_DTYPES:
-            raise BadRequest(
-                f"table {self.spec.name!r}: gradients are float32, bfloat16 or float16, got {values.dtype}"
-            )
-        ids = np.ascontiguousarray(ids.reshape(-1), np.int64)
-        values = np.ascontiguousarray(values.reshape(ids.size, self.dim))
-        return ids, values
+
+def check_gradients(name: str, dim: int, row_ids: Any, gradients: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Row ids int64 [n] and gradients [n, dim] for table `name`, on the host. Raises BadRequest."""
+    ids = np.asarray(to_host(row_ids))
+    values = numbers_to_host(gradients)
+    if ids.dtype not in (np.int64, np.int32):
+        raise BadRequest(f"table {name!r}: row ids must be int64 or int32, got {ids.dtype}")
+    if values.shape != (*ids.shape, dim):
+        raise BadRequest(
+            f"table {name!r}: row ids {list(ids.shape)} need gradients of shape {[*ids.shape, dim]}, got "
+            f"{list(values.shape)}"
+        )
+    if values.dtype not in GRADIENT_DTYPES:
+        raise BadRequest(f"table {name!r}: gradients are float32, bfloat16 or float16, got {values.dtype}")
+    ids = np.ascontiguousarray(ids.reshape(-1), np.int64)
+    return ids, np.ascontiguousarray(values.reshape(ids.size, dim))
 
 
 class PendingCommit:
@@ -153,7 +153,17 @@ class Training:
         return {d.spec.name: d for d in self._training.describe()}
 
     def table(self, name: str) -> TrainedTable:
-        """One table, in its present history. Raises UnknownTable."""
+        """One table, in its present history. Raises UnknownTable, BadRequest for a share of one."""
+        table = self.share(name)
+        if (part := table.description.partition) is not None:
+            raise BadRequest(
+                f"table {name!r} is share {part.rank} of {part.world} of a larger one; train it with "
+                "engram_client.training.ShardedTraining"
+            )
+        return table
+
+    def share(self, name: str) -> TrainedTable:
+        """As `table`; of a share with its own rows, counted as its store does."""
         tables = self.tables()
         if name not in tables:
             known = ", ".join(sorted(tables))

@@ -2,5 +2,14 @@
 
 from engram_client.training.embedding import EngramEmbedding, PendingRows, TrainedLookup
 from engram_client.training.optimizer import EngramOptimizer
+from engram_client.training.sharded import ShardedTraining
+from engram_client.training.sharded_table import ShardedTable
 
-__all__ = ["EngramEmbedding", "EngramOptimizer", "PendingRows", "TrainedLookup"]
+__all__ = [
+    "EngramEmbedding",
+    "EngramOptimizer",
+    "PendingRows",
+    "ShardedTable",
+    "ShardedTraining",
+    "TrainedLookup",
+]

@@ -12,6 +12,9 @@ read without one, by a forward under `no_grad`, is remembered for the last `REME
 
 Rows may be asked for ahead with `start`. Those that were asked for before the last optimizer step are looked
 up once more, which finds them in DRAM: a trainer never computes with rows older than its own updates.
+
+A sharded table is read by all ranks together. So every forward takes part in an exchange, with nothing to ask
+where its rows are remembered: ranks remember different things.
 """
 
 from __future__ import annotations
@@ -31,16 +34,25 @@ from engram_client.kernels.gradients import add_rows, distinct_ids
 from engram_client.prefetch import Handle
 from engram_client.table import DEFAULT_TIMEOUT_S
 from engram_client.trained import TrainedTable
+from engram_client.training.sharded_table import PendingExchange, ShardedTable
 
 REMEMBERED_MAX = 64  # batches read without a graph
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+Reading = Handle | PendingExchange
 
 
 class PendingRows:
     """Rows on their way; made by `EngramEmbedding.start`, for `EngramEmbedding.forward`."""
 
     def __init__(
-        self, ids: np.ndarray, inverse: np.ndarray, shape: tuple[int, ...], handle: Handle | None, window: int
+        self,
+        ids: np.ndarray,
+        inverse: np.ndarray,
+        shape: tuple[int, ...],
+        handle: Reading | None,
+        window: int,
     ) -> None:
         self.ids, self.inverse, self.shape = ids, inverse, shape
         self.handle, self.window = handle, window
@@ -90,7 +102,7 @@ class EngramEmbedding(nn.Module):
 
     def __init__(
         self,
-        table: TrainedTable,
+        table: TrainedTable | ShardedTable,
         *,
         dtype: torch.dtype | None = None,
         concatenated: bool = False,
@@ -115,7 +127,7 @@ class EngramEmbedding(nn.Module):
         """Begin to read the rows of a batch; hand the result to `forward`. Raises Overloaded, and as
         look-ups."""
         pending = self._pending(row_ids)
-        if self._remembered(pending.key) is None:
+        if self.table.collective or self._remembered(pending.key) is None:
             pending.handle = self.table.prefetch(pending.ids, timeout=self.timeout)
         return pending
 
@@ -148,8 +160,10 @@ class EngramEmbedding(nn.Module):
         """The distinct rows float32 [d, dim] as a leaf."""
         leaf = self._remembered(pending.key) if self.training else None
         if leaf is not None and leaf.device == device:
+            if self.table.collective:  # ranks that do not remember their rows read now
+                self._read(pending, pending.ids[:0])
             return leaf
-        rows = self._read(pending)
+        rows = self._read(pending, pending.ids)
         leaf = self.table.dequantize(torch.from_numpy(rows)).to(device=device, dtype=torch.float32)
         if not self.training:
             return leaf
@@ -163,14 +177,14 @@ class EngramEmbedding(nn.Module):
                 self._without_graph.popitem(last=False)
         return leaf
 
-    def _read(self, pending: PendingRows) -> np.ndarray:
-        """Bytes of the distinct rows, no older than this trainer's own updates."""
+    def _read(self, pending: PendingRows, ids: np.ndarray) -> np.ndarray:
+        """Bytes of the distinct rows, or of `ids` if they were not asked for ahead; no older than this trainer's own updates."""
         handle, pending.handle = pending.handle, None
         if handle is not None:
             rows = np.asarray(handle.wait(timeout=self.timeout))
             if pending.window == self._window:
                 return rows
-        return np.asarray(self.table.lookup(pending.ids, timeout=self.timeout))
+        return np.asarray(self.table.lookup(ids, timeout=self.timeout))
 
     def forget(self) -> None:
         """Rows have changed: read them anew from here on. The optimizer calls this when it has stepped."""

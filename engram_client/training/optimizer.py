@@ -22,6 +22,7 @@ from engram_client.errors import BadRequest, StepConflict
 from engram_client.table import DEFAULT_TIMEOUT_S
 from engram_client.trained import COMMIT_TIMEOUT_S, PendingCommit, Training
 from engram_client.training.embedding import EngramEmbedding
+from engram_client.training.sharded import ShardedTraining
 
 
 class EngramOptimizer(torch.optim.Optimizer):
@@ -33,7 +34,7 @@ class EngramOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        training: Training,
+        training: Training | ShardedTraining,
         embeddings: Sequence[EngramEmbedding],
         *,
         lr: float | None = None,
@@ -121,7 +122,7 @@ class EngramOptimizer(torch.optim.Optimizer):
         self.steps_done = now
 
 
-def _last_step(training: Training) -> int:
+def _last_step(training: Training | ShardedTraining) -> int:
     """That the tables have seen, committed or not; -1: none."""
     described = training.tables().values()
     seen = [step for d in described for step in (d.committed_step, d.updated_step) if step is not None]

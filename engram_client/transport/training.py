@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from engram_client.partition import Partition
 from engram_client.spec import TableSpec
 
 BFLOAT16_BITS = np.dtype(np.uint16)  # numpy has no bfloat16: its bits stand for it
@@ -44,6 +45,7 @@ class TrainedDescription:
     optimizer: dict[str, Any] = field(default_factory=dict)
     committed_step: int | None = None
     updated_step: int | None = None  # of the newest update, committed or not
+    partition: Partition | None = None  # `spec` is of one share of a larger table
 
 
 class OpenStep(Protocol):

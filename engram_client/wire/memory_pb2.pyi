@@ -179,16 +179,18 @@ class StatsResponse(_message.Message):
     def __init__(self, counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class TrainedTable(_message.Message):
-    __slots__ = ("spec", "optimizer_json", "committed_step", "updated_step")
+    __slots__ = ("spec", "optimizer_json", "committed_step", "updated_step", "partition_json")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_JSON_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_STEP_FIELD_NUMBER: _ClassVar[int]
     UPDATED_STEP_FIELD_NUMBER: _ClassVar[int]
+    PARTITION_JSON_FIELD_NUMBER: _ClassVar[int]
     spec: TableSpec
     optimizer_json: str
     committed_step: int
     updated_step: int
-    def __init__(self, spec: _Optional[_Union[TableSpec, _Mapping]] = ..., optimizer_json: _Optional[str] = ..., committed_step: _Optional[int] = ..., updated_step: _Optional[int] = ...) -> None: ...
+    partition_json: str
+    def __init__(self, spec: _Optional[_Union[TableSpec, _Mapping]] = ..., optimizer_json: _Optional[str] = ..., committed_step: _Optional[int] = ..., updated_step: _Optional[int] = ..., partition_json: _Optional[str] = ...) -> None: ...
 
 class DescribeTrainingRequest(_message.Message):
     __slots__ = ()

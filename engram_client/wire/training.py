@@ -7,6 +7,7 @@ import json
 import numpy as np
 
 from engram_client.errors import BadRequest
+from engram_client.partition import Partition
 from engram_client.transport.training import BFLOAT16_BITS, TrainedDescription, UpdateRequest
 from engram_client.wire import memory_pb2 as pb
 from engram_client.wire.convert import GENERATION_BYTES, WIRE_INT64, spec_from_message, spec_to_message
@@ -86,6 +87,7 @@ def description_to_message(description: TrainedDescription) -> pb.TrainedTable:
         optimizer_json=json.dumps(description.optimizer),
         committed_step=description.committed_step,
         updated_step=description.updated_step,
+        partition_json=json.dumps(description.partition.to_json()) if description.partition else "",
     )
 
 
@@ -95,4 +97,5 @@ def description_from_message(message: pb.TrainedTable) -> TrainedDescription:
         json.loads(message.optimizer_json or "{}"),
         message.committed_step if message.HasField("committed_step") else None,
         message.updated_step if message.HasField("updated_step") else None,
+        Partition.from_json(json.loads(message.partition_json)) if message.partition_json else None,
     )

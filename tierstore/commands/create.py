@@ -16,6 +16,7 @@ examples:
   tierstore create DIR --table words:1000000:64 --optimizer adam --learning-rate 1e-3
   tierstore create DIR --model engram-demo --tokenizer tokenizer.json --layers 1,15 \\
       --vocab-size 64000,64000 --heads 8 --dim 64 --dtype bfloat16 --optimizer engram
+  tierstore create DIR0 --table words:1000000:64 --share 0/2        one of two ranks' rows
 
 The tables take no disk until their rows are trained. Then serve them: tierstore serve DIR --train ..., or
 open them in the trainer's own process: connect("local:DIR").training().
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="rows begin normal with this deviation (default: zeros)",
     )
+    add("--share", type=_share, metavar="RANK/WORLD", help="keep one rank's share, for sharded training")
     add("--json", action="store_true", help="tell the result as JSON on stdout")
 
 
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     settings = dict(_setting(text) for text in args.setting)
     specs = create_training(
         args.directory, tables, optimizer=args.optimizer, settings=settings, dtype=args.dtype,
-        master=not args.no_master, initial_std=args.initial_std, seed=args.seed, **recipe,
+        master=not args.no_master, initial_std=args.initial_std, seed=args.seed, share=args.share, **recipe,
     )  # fmt: skip
     if args.json:
         json.dump({"tables": [_as_json(spec) for spec in specs]}, sys.stdout, indent=2)
@@ -98,13 +100,16 @@ def _as_json(spec: Any) -> dict[str, Any]:
     return {
         "name": spec.name, "rows": spec.rows, "row_bytes": spec.row_bytes, "fields": fields,
         "optimizer": spec.optimizer,
+        "share": f"{spec.partition.rank}/{spec.partition.world}" if spec.partition else None,
     }  # fmt: skip
 
 
 def _sentence(spec: Any) -> str:
     fields = ", ".join(f"{f.name} {f.dtype} x {f.count}" for f in spec.layout.fields)
     full = readable_bytes(spec.rows * spec.row_bytes)
-    return f"{spec.name}: {spec.rows} rows of {spec.row_bytes} bytes ({fields}), {full} once all are trained"
+    share = f", share {spec.partition.rank}/{spec.partition.world}" if spec.partition else ""
+    rows = f"{spec.rows} rows of {spec.row_bytes} bytes ({fields})"
+    return f"{spec.name}{share}: {rows}, {full} once all are trained"
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -112,6 +117,13 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected whole numbers with commas, got {text!r}") from None
+
+
+def _share(text: str) -> tuple[int, int]:
+    rank, _, world = text.partition("/")
+    if not rank.isdecimal() or not world.isdecimal() or int(rank) >= int(world):
+        raise argparse.ArgumentTypeError(f"expected RANK/WORLD, such as 0/4, got {text!r}")
+    return int(rank), int(world)
 
 
 def _table(text: str) -> tuple[str, int, int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from engram_client.errors import BadRequest, StorageError
 from engram_client.hashing import NgramHashMapping
+from engram_client.partition import Partition
 from engram_client.spec import HashScheme
 from engram_client.tokenizer import CompressedTokenizer
 from tierstore.catalog import Catalog
@@ -60,23 +61,28 @@ def create_training(
     master: bool = True,
     initial_std: float = 0.0,
     seed: int = 0,
+    share: tuple[int, int] | None = None,
     **recipe: Any,
 ) -> list[TrainedSpec]:
     """Make an empty training store of `tables` in `directory`, and a store directory where it is none.
 
-    `recipe` may give `learning_rate`, `weight_decay`, `rate_scale`. Raises BadRequest, StorageError.
+    `recipe` may give `learning_rate`, `weight_decay`, `rate_scale`. With `share` (rank, world) the store
+    keeps that rank's rows of the tables, for sharded training. Raises BadRequest, StorageError.
     """
     if not tables:
         raise BadRequest("no table is named; give --table NAME:ROWS:DIM or --model")
     made = make_recipe(optimizer, settings=settings or {}, **recipe)
     initial = Initial("normal", initial_std, seed) if initial_std else Initial()
-    specs = [
-        TrainedSpec(
-            table.name, table.rows, layout_of(table.dim, made, dtype=dtype, master=master), initial,
-            table.scheme, table.scheme.layer_id if table.scheme else None, table.model, made.to_json(),
-        )
-        for table in tables
-    ]  # fmt: skip
+    specs = []
+    for table in tables:
+        part = Partition(*share, table.rows, table.scheme) if share else None
+        layout = layout_of(table.dim, made, dtype=dtype, master=master)
+        layer = table.scheme.layer_id if table.scheme else None
+        spec = TrainedSpec(
+            table.name, part.store_rows if part else table.rows, layout, initial,
+            None if part else table.scheme, layer, table.model, made.to_json(), partition=part,
+        )  # fmt: skip
+        specs.append(spec)
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -118,4 +118,7 @@ class TrainedTable:
         self.updated_step = progress["updated_step"] if progress else None
 
     def describe(self, committed_step: int | None) -> TrainedDescription:
-        return TrainedDescription(self.spec, self.trained.optimizer, committed_step, self.updated_step)
+        trained = self.trained
+        return TrainedDescription(
+            self.spec, trained.optimizer, committed_step, self.updated_step, trained.partition
+        )

@@ -28,6 +28,8 @@ class InitialRows:
         if ids.size == 0:
             return
         out[targets] = 0
+        if self._spec.partition is not None:  # a row begins the same, whoever keeps it
+            ids = self._spec.partition.row_ids(ids)
         initial = self._spec.initial
         if initial.kind == "normal" and initial.std > 0:
             for offset, kind, count in self._fields:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engram_client.errors import BadRequest, FormatError
+from engram_client.partition import Partition
 from engram_client.spec import HashScheme, RowLayout, layout_from_json, scheme_from_json
 
 ROW_BYTES_MAX = 64 << 10
@@ -55,12 +56,18 @@ class TrainedSpec:
     model: str | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)  # opaque here
     uuid: str = field(default_factory=_new_uuid)  # 32 hexadecimal digits
+    partition: Partition | None = None  # this is one share of a larger table, which `scheme` is not of
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", self.name):
             raise BadRequest(f"table name {self.name!r}: use letters, digits, dots, dashes, underscores")
         if not 1 <= self.rows <= ROWS_MAX:
             raise BadRequest(f"table {self.name!r}: expected 1 to {ROWS_MAX} rows, got {self.rows}")
+        if self.partition is not None and self.partition.store_rows != self.rows:
+            raise BadRequest(
+                f"table {self.name!r}: share {self.partition.rank} of {self.partition.world} has "
+                f"{self.partition.store_rows} rows, got {self.rows}"
+            )
         if self.row_bytes > ROW_BYTES_MAX:
             raise BadRequest(
                 f"table {self.name!r}: a row with its optimizer state may take {ROW_BYTES_MAX} bytes, "
@@ -80,6 +87,7 @@ class TrainedSpec:
         try:
             scheme = scheme_from_json(obj["scheme"]) if obj["scheme"] else None
             parts = {"layout": layout_from_json(obj["layout"]), "initial": Initial(**obj["initial"])}
-            return cls(**{**obj, **parts, "scheme": scheme})
+            partition = Partition.from_json(obj["partition"]) if obj.get("partition") else None
+            return cls(**{**obj, **parts, "scheme": scheme, "partition": partition})
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"a trained table's description cannot be read: {error}") from error

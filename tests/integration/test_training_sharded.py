@@ -1,0 +1,187 @@
+"""Sharded and data-parallel training over gloo, against one process with the same global batch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engram_client import connect
+from tests.support.daemon import environment, running, serve_command
+from tests.support.sharded_rank import DIM, TABLES, Trainer, everything
+from tierstore.training.creating import NewTable, create_training
+
+SMALL = {"TIERSTORE_TRAINING_DRAM_BYTES": "64KiB", "TIERSTORE_TRAINING_STAGING_BYTES": "64KiB"}
+
+
+class Process:
+    """One that plays a rank."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.sharded_rank"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**environment(), **SMALL},
+        )  # fmt: skip
+
+    def tell(self, told: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        print(json.dumps(told), file=self.process.stdin, flush=True)
+
+    def answer(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[list[Process]]:
+    made = [Process() for _ in range(3)]
+    for process in made:
+        assert process.answer() == "ready\n"
+    yield made
+    for process in made:
+        process.end()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def create(folder: Path, share: tuple[int, int] | None = None) -> Path:
+    new = [NewTable(name, rows, DIM) for name, rows in TABLES.items()]
+    create_training(folder, new, optimizer="adam", initial_std=0.3, learning_rate=0.01, share=share)
+    return folder
+
+
+def shares(folder: Path, world: int) -> list[Path]:
+    return [create(folder / f"share{rank}", (rank, world)) for rank in range(world)]
+
+
+def start(scenario: str, players: list[Process], meet: Path, **told: Any) -> None:
+    """`told` values that are lists have one entry a rank."""
+    for rank, process in enumerate(players):
+        mine = {name: value[rank] if isinstance(value, list) else value for name, value in told.items()}
+        common = {"scenario": scenario, "rank": rank, "world": len(players), "meet": str(meet)}
+        process.tell({**common, **mine})
+
+
+def play(scenario: str, players: list[Process], meet: Path, **told: Any) -> list[dict[str, Any]]:
+    start(scenario, players, meet, **told)
+    return [json.loads(process.answer()) for process in players]
+
+
+def alone(
+    folder: Path, world: int, last: int, first: int = 1, micro: int = 1
+) -> tuple[list[list[float]], dict[str, Any]]:
+    """One process that takes the ranks' batches in turn: losses of each step, and all rows."""
+    with connect(f"local:{create(folder)}") as client:
+        training = client.training()
+        trainer = Trainer(training, list(range(world)), world, 1 / world, micro)
+        losses = [trainer.step(number) for number in range(first, last + 1)]
+        return losses, {name: everything(training, name) for name in TABLES}
+
+
+def joined(results: list[dict[str, Any]]) -> list[list[float]]:
+    """Losses of each step, rank 0's first."""
+    return [list(chain(*parts)) for parts in zip(*(r["losses"] for r in results), strict=True)]
+
+
+def test_three_ranks_one_without_rows_of_a_table(processes: list[Process], tmp_path: Path) -> None:
+    """To a tolerance: a third is rounded, and each rank adds its micro-batches up before it sends them."""
+    expected, rows = alone(tmp_path / "alone", 3, last=4, micro=2)
+    stores = [str(folder) for folder in shares(tmp_path, 3)]
+    results = play("train", processes, tmp_path / "meet", store=stores, micro=2, last=4)
+    np.testing.assert_allclose(joined(results), expected, rtol=1e-5, atol=1e-6)
+    for name in TABLES:
+        assert results[0]["rows"][name] == results[2]["rows"][name]
+        np.testing.assert_allclose(results[1]["rows"][name], rows[name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_fails_on_one_rank_fails_on_all(processes: list[Process], tmp_path: Path) -> None:
+    stores = [str(folder) for folder in shares(tmp_path, 2)]
+    results = play("refusals", processes[:2], tmp_path / "meet", store=stores)
+    wanted = (
+        "IdOutOfRange: rank 1: ", "NotFiniteGradient: rank 0: table 'words': the gradient of row 0",
+        "BadRequest: rank 1: table 'words': row ids [4] need gradients", "BadRequest: rank 0: step 5 is not kept",
+        "StorageError: rank 1: the disk is full", "StepConflict: rank 0: ", "GenerationMismatch: rank 0",
+    )  # fmt: skip
+    with connect(f"local:{create(tmp_path / 'alone')}") as client:
+        training = client.training()
+        training.table("words").update(np.arange(4), np.ones((4, DIM), np.float32), step=1)
+        rows = everything(training, "words")
+    for result in results:
+        for told, beginning in zip(result["told"], wanted, strict=True):
+            assert told.startswith(beginning)
+        assert result["same"]
+        assert result["back"]
+        assert result["rows"] == rows
+        assert "rank 0 is at PUSH" in result["elsewhere"] or "rank 0 at PUSH" in result["elsewhere"]
+
+
+def test_a_rank_that_does_not_come_is_named(processes: list[Process], tmp_path: Path) -> None:
+    stores = [str(folder) for folder in shares(tmp_path, 2)]
+    start("absent", processes[:2], tmp_path / "meet", store=stores, timeout=1)
+    told = json.loads(processes[0].answer())["told"]
+    processes[1].tell({})
+    assert json.loads(processes[1].answer()) == {}
+    assert told[0].startswith("DeadlineExceeded: rank 0 of 2: no answer from rank 1 after ")
+    assert told[1] == told[0]
+
+
+def test_data_parallel_ranks_of_one_daemon_are_one_process(processes: list[Process], tmp_path: Path) -> None:
+    expected, rows = alone(tmp_path / "alone", 2, last=4, first=0)
+    store = create(tmp_path / "whole")
+    settings = {"serve_unix": store / "socket", "training_enabled": "true", "training_world": 2}
+    memory = {"dram_budget_bytes": "1MiB", "training_dram_bytes": "64KiB", "nvme_staging_bytes": "2MiB"}
+    with running(serve_command(store, **settings, **memory), store) as daemon:
+        results = play("parallel", processes[:2], tmp_path / "meet", target=daemon.unix, last=4)
+    assert joined(results) == expected
+    for result in results:
+        assert result["rows"] == rows
+
+
+def test_two_ranks_are_one_process_bit_for_bit_also_after_a_crash_between_their_commits(
+    processes: list[Process], tmp_path: Path
+) -> None:
+    """The last test: it kills a process."""
+    expected, rows = alone(tmp_path / "alone", 2, last=6)
+    stores = [str(folder) for folder in shares(tmp_path, 2)]
+    first, second, third = processes
+    start("train", [first, second], tmp_path / "meet1", store=stores, micro=1, last=4, commits=(2,), dies=4)
+    survivor = json.loads(first.answer())
+    assert second.answer() == ""  # killed, with step 4 open
+    assert "no answer from rank 1" in survivor["error"]
+    assert survivor["error"].startswith("Unavailable")
+    assert survivor["steps"] == [2, 4]  # of its own share
+
+    models = [f"{store}-2.pt" for store in stores]
+    results = play(
+        "train",
+        [first, third],
+        tmp_path / "meet2",
+        store=stores,
+        micro=1,
+        last=6,
+        commits=(4, 6),
+        model=models,
+    )
+    for result in results:
+        assert result["begins"] == 2
+        assert result["rows"] == rows
+        assert result["steps"] == [4, 6]
+    assert joined(results) == expected[2:]
