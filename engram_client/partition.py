@@ -1,9 +1,9 @@
 """Which rank of a sharded training keeps which row of a table.
 
-Row ids are dealt out like cards: row `id` is kept by rank `id % world`, as row `id // world` of its store. So the
-rows of every head, and the often-named ones among them, are spread evenly whatever the sizes of heads are, and a
-store holds its share without gaps. The rule is saved with each share: rows dealt out for another number of ranks,
-or by another rule, are refused when they are opened, not read wrongly.
+Row ids are dealt out like cards: row `id` is kept by rank `id % world`, as row `id // world` of its store.
+So the rows of every head, and the often-named ones among them, are spread evenly whatever the sizes of
+heads are, and a store holds its share without gaps. The rule is saved with each share: rows dealt out for
+another number of ranks, or by another rule, are refused when they are opened, not read wrongly.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Partition:
             raise BadRequest(f"a share is one of 0 to {self.world - 1} of {self.world}, got {self.rank}")
         if self.rule != RULE:
             raise BadRequest(
-                f"rows were dealt out by the rule {self.rule!r}, known is {RULE!r}; read them with the version "
-                "that wrote them"
+                f"rows were dealt out by the rule {self.rule!r}, known is {RULE!r}; read them with the "
+                "version that wrote them"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""What the ranks of a sharded training must agree on before they begin: one world, the same tables, one step."""
+"""What the ranks of a sharded training agree on before they begin: one world, the same tables, one step."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ def check_shares(tables: Tables, rank: int, world: int) -> None:
         part = description.partition
         if part is None:
             raise BadRequest(
-                f"table {name!r} of this store is whole; make shares (tierstore create --share {rank}/{world})"
+                f"table {name!r} of this store is whole; make shares "
+                f"(tierstore create --share {rank}/{world})"
             )
         if (part.rank, part.world) != (rank, world):
             raise BadRequest(
-                f"table {name!r} is share {part.rank} of {part.world}, opened by rank {rank} of {world}; start "
-                f"{part.world} ranks, each with the store of its share"
+                f"table {name!r} is share {part.rank} of {part.world}, opened by rank {rank} of {world}; "
+                f"start {part.world} ranks, each with the store of its share"
             )
 
 
@@ -47,8 +48,8 @@ def check_equal(summaries: Sequence[Mapping[str, Any]]) -> None:
         for name in names:
             if summaries[0].get(name) != other.get(name):
                 raise BadRequest(
-                    f"shares of table {name!r} are not of one table: rank 0 has {summaries[0].get(name)}, rank "
-                    f"{rank} has {other.get(name)}; create them with the same arguments"
+                    f"shares of table {name!r} are not of one table: rank 0 has {summaries[0].get(name)}, "
+                    f"rank {rank} has {other.get(name)}; create them with the same arguments"
                 )
         if list(other) != list(summaries[0]):
             raise BadRequest(f"rank {rank} has its tables in another order: create them in the same one")
@@ -57,9 +58,9 @@ def check_equal(summaries: Sequence[Mapping[str, Any]]) -> None:
 def common_step(kept: Sequence[Sequence[int]], wanted: int | None = None) -> int:
     """The last step that all ranks keep, of the steps each keeps; `wanted` instead, if all keep that.
 
-    A commit begins only when all ranks have the one before, so a crash leaves some ranks one step ahead, never
-    two: where that is not so, some store is not of this training, and going back would lose what others have
-    learned. Raises StepConflict.
+    A commit begins only when all ranks have the one before, so a crash leaves some ranks one step ahead,
+    never two: where that is not so, some store is not of this training, and going back would lose what others
+    have learned. Raises StepConflict.
     """
     told = "; ".join(f"rank {rank} keeps {list(steps)}" for rank, steps in enumerate(kept))
     common = set(kept[0]).intersection(*kept[1:])
@@ -69,15 +70,15 @@ def common_step(kept: Sequence[Sequence[int]], wanted: int | None = None) -> int
         return wanted
     if not common:
         raise StepConflict(
-            f"no step is kept by all ranks: {told}; shares need training.keep_steps of 2 or more, and a store "
-            "that was lost must come back from a copy of a step the others keep"
+            f"no step is kept by all ranks: {told}; shares need training.keep_steps of 2 or more, and a "
+            "store that was lost must come back from a copy of a step the others keep"
         )
     last = max(common)
     for rank, steps in enumerate(kept):
         if sum(step > last for step in steps) > 1:
             raise StepConflict(
-                f"the last step that all ranks keep is {last}, and rank {rank} is more than one commit ahead, "
-                f"which no crash does: {told}; is some store an old copy, or new? ShardedTraining(..., "
-                f"step={last}) goes back to it all the same"
+                f"the last step that all ranks keep is {last}, and rank {rank} is more than one commit "
+                f"ahead, which no crash does: {told}; is some store an old copy, or new? "
+                f"ShardedTraining(..., step={last}) goes back to it all the same"
             )
     return last

@@ -178,7 +178,7 @@ class EngramEmbedding(nn.Module):
         return leaf
 
     def _read(self, pending: PendingRows, ids: np.ndarray) -> np.ndarray:
-        """Bytes of the distinct rows, or of `ids` if they were not asked for ahead; no older than this trainer's own updates."""
+        """Bytes of the rows asked for ahead, or else of `ids`, no older than this trainer's own updates."""
         handle, pending.handle = pending.handle, None
         if handle is not None:
             rows = np.asarray(handle.wait(timeout=self.timeout))

@@ -1,16 +1,17 @@
 """What ranks tell each other, one thing after another, each step agreed on by all.
 
-Everything goes through one thread a rank, in the order in which the trainer asked for it: a collective that runs
-ahead in the background can so never overtake another, and a prefetch may run while the model computes. Groups of
-their own keep it apart from the model's collectives.
+Everything goes through one thread a rank, in the order in which the trainer asked for it: a collective that
+runs ahead in the background can so never overtake another, and a prefetch may run while the model computes.
+Groups of their own keep it apart from the model's collectives.
 
-A *swap* gives each rank a part of bytes and takes one from each: an all-to-all of headers, then one of the parts.
-A header says what the sender is about (its count of swaps, the kind, the table, the step, a check sum of what must
-be equal); ranks that are not at the same thing are told so, instead of taking one's rows for another's gradients.
-Whoever could not do his part says so in the same swap: then all ranks raise his error, and none goes on alone.
+A *swap* gives each rank a part of bytes and takes one from each: an all-to-all of headers, then one of the
+parts. A header says what the sender is about (its count of swaps, the kind, the table, the step, a check
+sum of what must be equal); ranks that are not at the same thing are told so, instead of taking one's rows
+for another's gradients. Whoever could not do his part says so in the same swap: then all ranks raise his
+error, and none goes on alone.
 
-A rank that is gone or late breaks the exchange for good, as gloo and NCCL do: their groups cannot be used after a
-failed collective. Who it was is found by asking everybody for a token over a second group.
+A rank that is gone or late breaks the exchange for good, as gloo and NCCL do: their groups cannot be used
+after a failed collective. Who it was is found by asking everybody for a token over a second group.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Exchange:
 
     def __init__(self, group: Any, timeout_s: float) -> None:
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-        options = {"timeout": timedelta(seconds=timeout_s), "use_local_synchronization": group is not None}
+        options: Any = {"timeout": timedelta(seconds=timeout_s), "use_local_synchronization": bool(group)}
         self._group = dist.new_group(ranks, backend=dist.get_backend(group), **options)
         self._witness = dist.new_group(ranks, backend="gloo", **options)
         self._ranks, self._timeout_s = ranks, timeout_s
@@ -69,6 +70,7 @@ class Exchange:
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
         self._swaps = 0
         self._broken: TierstoreError | None = None
+        self.half_done: dict[int, bytes] = {}  # updates of tables applied here, and not yet on all ranks
         self._closed = False
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engram-exchange", daemon=True)
@@ -171,8 +173,8 @@ class Exchange:
                 f"no answer from rank {', '.join(map(str, missing))}" if missing else "all ranks still answer"
             )
             self._broken = (DeadlineExceeded if late else Unavailable)(
-                f"rank {self.rank} of {self.world}: {who} after {time.monotonic() - started:.1f} s; end all ranks "
-                f"and start them again: the tables are then at the last step that all have ({error})"
+                f"rank {self.rank} of {self.world}: {who} after {time.monotonic() - started:.1f} s; end all "
+                f"ranks and start them again: the tables are then at the last step that all have ({error})"
             )
             raise self._broken from error
         return host

@@ -6,15 +6,15 @@
     words = EngramEmbedding(training.table("words"))         # from here on as with a table of one's own
     rows = EngramOptimizer(training, [words])
 
-A look-up sends each distinct row id to the rank that keeps the row, which reads it and sends it back; an update
-sends each distinct row's summed gradient there, where the ranks' sums are added in the order of ranks, divided by
-their number (as DDP does with the model's; `average=False` leaves that out) and applied. So the result is, bit for
-bit where the world is a power of two, that of one process that takes the ranks' batches one after another as
-micro-batches; dividing by another number rounds.
+A look-up sends each distinct row id to the rank that keeps the row, which reads it and sends it back; an
+update sends each distinct row's summed gradient there, where the ranks' sums are added in the order of
+ranks, divided by their number (as DDP does with the model's; `average=False` leaves that out) and applied.
+So the result is, bit for bit where the world is a power of two, that of one process that takes the ranks'
+batches one after another as micro-batches; dividing by another number rounds.
 
-Every call is collective: all ranks make the same calls in the same order, also with nothing to ask or to say. What
-fails on one rank raises on all of them. A call's `timeout` in seconds is for its own store; ranks wait for each
-other as long as the training's `timeout`.
+Every call is collective: all ranks make the same calls in the same order, also with nothing to ask or to
+say. What fails on one rank raises on all of them. A call's `timeout` in seconds is for its own store; ranks
+wait for each other as long as the training's `timeout`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from engram_client.deadline import TIMEOUT_S_MAX
-from engram_client.errors import BadRequest
+from engram_client.errors import BadRequest, StepConflict
 from engram_client.table import DEFAULT_TIMEOUT_S
 from engram_client.trained import COMMIT_TIMEOUT_S, PendingCommit, Training
 from engram_client.training.agreement import AS_CREATED, check_equal, check_shares, common_step, summary
@@ -120,7 +120,7 @@ class ShardedTraining:
 
         def close_step() -> PendingCommit:
             last = self._last
-            _, error = attempt(lambda: last.wait(timeout) if last else None)
+            _, error = attempt(lambda: self._check_commit(last, timeout))
             self._exchange.swap(Kind.CLOSE, step=step, error=error)
             pending, error = attempt(lambda: self._training.start_commit(step, timeout=timeout))
             self._last = pending or last
@@ -136,6 +136,15 @@ class ShardedTraining:
 
         return PendingCommit(step, wait)
 
+    def _check_commit(self, last: PendingCommit | None, timeout: float | None) -> None:
+        if self._exchange.half_done:
+            raise StepConflict(
+                "an update was applied on some ranks and failed on others; repeat it on all, or roll back to "
+                "a committed step"
+            )
+        if last is not None:
+            last.wait(timeout)
+
     def rollback(self, step: int, *, timeout: float | None = COMMIT_TIMEOUT_S) -> None:
         """All ranks go back to a step that all keep. Fetch tables anew afterwards."""
 
@@ -146,6 +155,7 @@ class ShardedTraining:
             self._exchange.swap(Kind.ROLLBACK, step=step, error=error)
             _, error = attempt(lambda: self._training.rollback(step, timeout=timeout))
             self._last = None
+            self._exchange.half_done.clear()
             self._exchange.swap(Kind.ROLLED_BACK, step=step, error=error)
 
         self._together(go_back)

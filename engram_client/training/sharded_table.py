@@ -44,7 +44,6 @@ class ShardedTable:
         self.rank, self.world = exchange.rank, exchange.world
         self._share, self._number, self._exchange = share, number, exchange
         self._scale = np.float32(1 / exchange.world if average else 1)
-        self._half: bytes | None = None  # the update that was applied here, and not yet on all ranks
 
     def __repr__(self) -> str:
         return f"ShardedTable({self.spec.name!r}, rank={self.rank}, world={self.world})"
@@ -138,7 +137,7 @@ class ShardedTable:
         self, row_ids: Any, gradients: Any, step: int, rates: dict[str, Any], timeout: float | None
     ) -> None:
         mine, error = attempt(lambda: self._sums(row_ids, gradients))
-        place = {"table": self._number, "step": step, "check": zlib.crc32(repr(rates).encode())}
+        place: Any = {"table": self._number, "step": step, "check": zlib.crc32(repr(rates).encode())}
         pushed, total = self._exchange.swap(Kind.PUSH, mine, error=error, **place)
         if not total:
             return
@@ -147,7 +146,7 @@ class ShardedTable:
         assert made is not None
         _, error = attempt(lambda: self._apply(*made, step=step, timeout=timeout, **rates))
         self._exchange.swap(Kind.APPLIED, error=error, **place)
-        self._half = None
+        self._exchange.half_done.pop(self._number, None)
 
     def _sums(self, row_ids: Any, gradients: Any) -> list[np.ndarray]:
         """For every rank: places int64 [n], then the summed gradients float32 [n, dim], as bytes."""
@@ -155,8 +154,6 @@ class ShardedTable:
         check_row_ids(ids, self.spec.rows, self.spec.name)
         distinct, sums = sum_by_row(ids, values)
         sums = as_float32(sums)
-        if distinct.size and (distinct == -1).any():
-            distinct, sums = distinct[distinct >= 0], sums[distinct >= 0]
         order, places = self._by_owner(distinct)
         owned = np.split(sums[order], self._ends(self.partition.owners(distinct)))
         return [np.concatenate([p, s.reshape(-1).view(np.uint8)]) for p, s in zip(places, owned, strict=True)]
@@ -175,21 +172,22 @@ class ShardedTable:
         if mark_not_finite(sums, marks):
             row = self.partition.row_ids(ids[np.argmax(marks)])
             raise NotFiniteGradient(
-                f"table {self.spec.name!r}: the gradient of row {row} is not finite ({marks.sum()} such rows "
-                f"of {ids.size} in this share); nothing was applied; lower the loss scale or the learning rate"
+                f"table {self.spec.name!r}: the gradient of row {row} is not finite ({marks.sum()} such "
+                f"rows of {ids.size} in this share); nothing was applied; lower the loss scale or the "
+                "learning rate"
             )
         digest = hashlib.blake2b(step.to_bytes(8, "little", signed=True) + ids.tobytes() + sums.tobytes())
-        if self._half not in (None, digest.digest()):
+        if self._exchange.half_done.get(self._number, digest.digest()) != digest.digest():
             raise StepConflict(
-                f"table {self.spec.name!r}: an update failed on some ranks and was applied on others; repeat it "
-                "on all to go on, or roll back to a committed step"
+                f"table {self.spec.name!r}: an update failed on some ranks and was applied on others; "
+                "repeat it on all to go on, or roll back to a committed step"
             )
         return ids, sums, digest.digest()
 
     def _apply(self, ids: np.ndarray, sums: np.ndarray, digest: bytes, *, step: int, **options: Any) -> None:
-        if self._half is None:
+        if self._number not in self._exchange.half_done:
             self._share.update(ids, sums, step=step, **options)
-            self._half = digest
+            self._exchange.half_done[self._number] = digest
 
 
 class PendingExchange:
@@ -204,7 +202,7 @@ class PendingExchange:
     def wait(self, timeout: float | None = None) -> np.ndarray:
         """The rows uint8 [..., row_bytes], or what the look-up raised; may be called again.
 
-        `timeout` is not looked at: one rank that gives up alone would leave the others waiting. The training's
-        own bounds it.
+        `timeout` is not looked at: one rank that gives up alone would leave the others waiting. The
+        training's own bounds it.
         """
         return self._future.result()

@@ -47,8 +47,6 @@ class Process:
 @pytest.fixture(scope="module")
 def processes() -> Iterator[list[Process]]:
     made = [Process() for _ in range(3)]
-    for process in made:
-        assert process.answer() == "ready\n"
     yield made
     for process in made:
         process.end()
@@ -117,8 +115,11 @@ def test_what_fails_on_one_rank_fails_on_all(processes: list[Process], tmp_path:
     results = play("refusals", processes[:2], tmp_path / "meet", store=stores)
     wanted = (
         "IdOutOfRange: rank 1: ", "NotFiniteGradient: rank 0: table 'words': the gradient of row 0",
-        "BadRequest: rank 1: table 'words': row ids [4] need gradients", "BadRequest: rank 0: step 5 is not kept",
-        "StorageError: rank 1: the disk is full", "StepConflict: rank 0: ", "GenerationMismatch: rank 0",
+        "BadRequest: rank 1: table 'words': row ids [4] need gradients",
+        "BadRequest: rank 0: step 5 is not kept",
+        "StorageError: rank 1: the disk is full", "StepConflict: rank 0: table",
+        "StepConflict: rank 0: an update",
+        "GenerationMismatch: rank 0",
     )  # fmt: skip
     with connect(f"local:{create(tmp_path / 'alone')}") as client:
         training = client.training()

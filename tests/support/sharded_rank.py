@@ -166,6 +166,7 @@ def run_refusals(told: dict[str, Any]) -> dict[str, Any]:
             inner.update = _raise
         told_us.append(refused(lambda: table.update(ids, ones, step=1)))
         told_us.append(refused(lambda: table.update(ids, 2 * ones, step=1)))
+        told_us.append(refused(lambda: training.commit(1)))  # of half of it
         inner.update = share_update
         table.update(ids, ones, step=1)
         rows = everything(training, "words")
@@ -197,7 +198,6 @@ SCENARIOS = {f.__name__.removeprefix("run_"): f for f in (run_train, run_paralle
 
 def main() -> None:
     torch.set_num_threads(1)
-    print("ready", flush=True)
     for line in sys.stdin:
         told = json.loads(line)
         options = {"rank": told["rank"], "world_size": told["world"]}
