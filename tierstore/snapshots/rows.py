@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from msgspec import structs
 
-from engram_client.errors import UnknownTable
+from engram_client.errors import BadRequest, UnknownTable
 from tierstore.config import Training, load_config
 from tierstore.updates import RowStorage, TrainedSpec
 
@@ -60,13 +60,21 @@ def described(opened: Any) -> StepRows:
 
 
 def numbers_of(rows: StepRows, names: Sequence[str]) -> list[int]:
-    """The numbers of the tables of these names; no names: all. Raises UnknownTable."""
+    """The numbers of the tables of these names; no names: all. Raises UnknownTable, BadRequest for
+    shares of tables."""
     numbers = {spec.name: number for number, spec in enumerate(rows.tables)}
     for name in names:
         if name not in numbers:
             known = ", ".join(numbers)
             raise UnknownTable(f"no table {name!r} in the training store; it trains: {known}")
-    return [numbers[name] for name in dict.fromkeys(names)] if names else list(numbers.values())
+    chosen = [numbers[name] for name in dict.fromkeys(names)] if names else list(numbers.values())
+    for spec in (rows.tables[number] for number in chosen):
+        if (part := spec.partition) is not None:
+            raise BadRequest(
+                f"table {spec.name!r} is share {part.rank} of {part.world} of a larger one; a share alone "
+                "cannot be exported or published, a snapshot can be made of each"
+            )
+    return chosen
 
 
 def batches(spec: TrainedSpec, first: int, last: int) -> Iterator[np.ndarray]:

@@ -13,6 +13,7 @@ from engram_client.partition import Partition
 from engram_client.training.agreement import check_equal, check_shares, common_step
 from engram_client.transport.training import TrainedDescription
 from engram_client.wire.training import description_from_message, description_to_message
+from tierstore.snapshots.rows import numbers_of, open_step
 from tierstore.training.creating import NewTable, create_training
 from tierstore.updates import TrainedSpec
 
@@ -66,6 +67,14 @@ def test_a_whole_table_and_an_unknown_rule_are_refused(tmp_path: Path) -> None:
     whole = TrainedDescription(spec, {})  # type: ignore[arg-type]
     with pytest.raises(BadRequest, match="whole; make shares"):
         check_shares({"words": whole}, 0, 2)
+
+
+def test_a_share_alone_is_not_exported(tmp_path: Path) -> None:
+    create_training(tmp_path, [NewTable("words", 9, 4)], optimizer="sgd", share=(1, 2))
+    with connect(f"local:{tmp_path}") as client:
+        client.training().commit(0)
+    with pytest.raises(BadRequest, match=r"share 1 of 2 .*cannot be exported"), open_step(tmp_path) as rows:
+        numbers_of(rows, [])
 
 
 def test_shares_of_different_tables_are_told_apart() -> None:
