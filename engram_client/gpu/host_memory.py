@@ -130,9 +130,13 @@ class Driver:
 
     @contextmanager
     def context_of(self, device: torch.device) -> Iterator[None]:
-        """Have this thread's calls mean `device`."""
+        """Have this thread's calls mean `device`.
+
+        A thread that has not used CUDA yet has no current context, and libcuda refuses it; a call of the
+        runtime gives it torch's. This one waits for nothing, and may stand beside a capture.
+        """
         with torch.cuda.device(device):
-            torch.cuda.current_stream(device)  # makes its context
+            torch.cuda.mem_get_info(device)
             yield
 
     def _can_register_read_only(self, device: torch.device) -> bool:

@@ -45,7 +45,9 @@ def as_device(device: torch.device | str, what: str = "device") -> torch.device:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether torch had no memory for what was asked of it, on a GPU or on the host."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = str(error)  # the driver's words are others than torch's, where a kernel or a stream is made
+    known = "out of memory" in said or "can't allocate memory" in said
+    return isinstance(error, torch.cuda.OutOfMemoryError) or (isinstance(error, RuntimeError) and known)
 
 
 def made_current(device: torch.device) -> AbstractContextManager[object]:

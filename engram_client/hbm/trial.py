@@ -13,7 +13,7 @@ from engram_client.hbm.operations import COUNTERS, DECODED_TYPE, Decoding, Keys
 from engram_client.hbm.replacement import Newcomers
 from engram_client.spec import Field, RowLayout
 
-ROWS, DIM, SETS, WIDTH = 2, 64, 1, 3
+ROWS, DIM, SETS, WIDTH = 2, 64, 2, 3
 KEYS, BATCH = 48, 12  # few, as they are interpreted in tests
 LAYOUT = RowLayout((Field("weight", "float8_e4m3fn", DIM), Field("scale", "float8_e8m0fnu", 2)), None)
 RECORD_BYTES = ROWS * LAYOUT.row_bytes

@@ -44,9 +44,10 @@ def test_over_the_bus(packed: PackedStore, roomy: Daemon, name: str, heads: slic
         reader = BusReader(table, CUDA, entries_max=keys.size, heads=heads)
         assert reader.serving, "CUDA did not register the arena; the log says why"
         out = torch.full((keys.size, reader.entry_bytes), 7, dtype=torch.uint8, device=CUDA)
+        ids = there(keys.reshape(-1))  # a copy from pageable memory makes the host wait
         torch.cuda.set_sync_debug_mode("error")
         try:
-            reader.read(there(keys.reshape(-1)), out)
+            reader.read(ids, out)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         missed = reader.missed()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engram_client.errors import BadRequest
-from engram_client.gpu import KernelGroup, as_device, probe
+from engram_client.gpu import KernelGroup, as_device, out_of_memory, probe
 
 GPU = torch.device("cuda", 0)  # a name only: nothing is put there
 CPU = torch.device("cpu")
@@ -83,3 +83,12 @@ def test_devices() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(BadRequest, match="cuda cannot be used"):
             as_device("cuda")
+
+
+def test_what_is_want_of_memory() -> None:
+    """Of torch's allocator, of the driver, and of Triton as it loads a kernel; nothing else is."""
+    wanting = ("CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "can't allocate memory: 8")
+    assert all(out_of_memory(RuntimeError(text)) for text in wanting)
+    assert out_of_memory(torch.cuda.OutOfMemoryError("CUDA"))
+    assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not out_of_memory(ValueError("out of memory"))

@@ -42,7 +42,7 @@ def run(device: torch.device, scale: Scale) -> dict[str, Any]:
         tier = HbmTier([table], budget_bytes=scale.arena_bytes, device=device)
         hot, random = tier.table(specs[0].name), np.random.default_rng(scale.seed)
         known = random.integers(0, 2**63 - 1, (2 * lines, ORDERS), np.int64)
-        hot.pin(known)
+        hot.pin(known, timeout=None)
         rate = partial(_rate, hot, table, known, lines, device, random)
         if not np.array_equal(hot.lookup_ngrams(known[:64]).cpu().numpy(), table.lookup_ngrams(known[:64])):
             raise DataCorrupt(f"the HBM tier on {device} gives other rows than its table")
