@@ -75,7 +75,7 @@ def test_modules_read_and_write_widely() -> None:
         decode_rows, 4, **plain, out="*bf16", ROW_BYTES=264, WEIGHT_AT=0, SCALE_AT=256, WEIGHTS=256,
         SCALE_BLOCK=32, GROUP=24, INDEXED=True, TILE=256, ROWS=8,
     )  # fmt: skip
-    assert max(rows.widths("ld")) == 8 and set(rows.widths("st")) == {16}
+    assert 8 in rows.widths("ld") and set(rows.widths("st")) == {16}  # the index may be read in sixteens
     assert rows.spilled_bytes == 0
     streams = compiled(
         gate, 16, x="*bf16", projected="*bf16", query_weight="*bf16", key_weight="*bf16", dead="*i1",
