@@ -94,7 +94,8 @@ class LocalTransport:
         return way
 
     def stats(self) -> dict[str, int]:
-        return dict(self._store.stats())
+        training = self._training.store.stats() if self._training else {}
+        return {**self._store.stats(), **training}
 
     def set_dram_budget(self, budget_bytes: int) -> int:
         self._store.set_dram_budget(budget_bytes)

@@ -29,6 +29,7 @@ COLUMNS = ("model", "rows of the table", "validation loss", "std over seeds", "t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_delivery_arguments(parser)
+    add_model_arguments(parser)
     add = parser.add_argument
     add("--rows-per-head", type=count_list, default=(1000, 4000, 16000, 64000), metavar="N[,N]",
         help="rows of each of the 8 heads, one table for each number (default: 1000 to 64000)")  # fmt: skip
@@ -36,16 +37,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="runs without a table, and with the largest (default: %(default)s)")  # fmt: skip
     add("--size-seeds", type=count, default=1, metavar="N", help="with each other (default: %(default)s)")
     add("--steps", type=count, default=1000, metavar="N", help="of training (default: %(default)s)")
+    add("--validation-tokens", type=count, default=100_000, metavar="N", help="default: %(default)s")
+    add("--commit-steps", type=count, default=100, metavar="N", help="steps from commit to commit")
+    add("--processes", type=count, default=1, metavar="N", help="runs at once, of one thread each")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the model is, and how it learns."""
+    add = parser.add_argument
     add("--batch", type=count, default=16, metavar="N", help="sequences of a step (default: %(default)s)")
     add("--context", type=count, default=128, metavar="N", help="tokens of a sequence (default: %(default)s)")
     add("--hidden", type=count, default=64, metavar="N", help="size of the model (default: %(default)s)")
     add("--layers", type=count, default=3, metavar="N", help="of the model (default: %(default)s)")
     add("--vocab-size", type=count, default=2048, metavar="N", help="of its tokenizer (default: %(default)s)")
     add("--rate", type=positive, default=3e-3, metavar="R", help="of the model; five times it for rows")
-    add("--validation-tokens", type=count, default=100_000, metavar="N", help="default: %(default)s")
     add("--dram-share", type=fraction, default=0.1, help="of table and state in DRAM (default: %(default)s)")
-    add("--commit-steps", type=count, default=100, metavar="N", help="steps from commit to commit")
-    add("--processes", type=count, default=1, metavar="N", help="runs at once, of one thread each")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,12 +68,17 @@ def run(args: argparse.Namespace) -> int:
     return deliver("learn", args, results, _lines(results), COLUMNS)
 
 
-def _check(args: argparse.Namespace, recipe: Recipe) -> None:
+def check_model(args: argparse.Namespace) -> None:
+    """Raises BadRequest."""
     if args.hidden % HEAD_WIDTH or args.layers < 2:
         raise BadRequest(
             f"the model needs a hidden size in steps of {HEAD_WIDTH} and two layers, got "
             f"--hidden {args.hidden} --layers {args.layers}"
         )
+
+
+def _check(args: argparse.Namespace, recipe: Recipe) -> None:
+    check_model(args)
     least = recipe.batch * (recipe.context + 1)
     if args.validation_tokens < least:
         raise BadRequest(f"--validation-tokens {args.validation_tokens}: one batch has {least}")

@@ -100,9 +100,13 @@ class Tiered:
 
     def commit(self) -> None:
         """Make the last step durable, while training goes on; the commit before it is waited for."""
+        self.settle()
+        self._commit = self.optimizer.commit(wait=False)
+
+    def settle(self) -> None:
+        """Wait for the commit that is on its way, if one is."""
         if self._commit is not None:
             self._commit.wait()
-        self._commit = self.optimizer.commit(wait=False)
 
     def initial(self) -> Tensor:
         """Every row as it is now, float32 [rows, row_width]."""
@@ -115,8 +119,7 @@ class Tiered:
 
     def __exit__(self, *error: object) -> None:
         try:
-            if self._commit is not None:
-                self._commit.wait()
+            self.settle()
         finally:
             self.client.close()
             self._release()

@@ -21,6 +21,7 @@ from tierbench.learn.model import ENGRAM_LAYER, MAX_NGRAM_SIZE, ORDERS, Language
 from tierbench.learn.runs import Recipe, lanes, tokens_needed, train, validate
 from tierbench.learn.text import PAD_ID, make_text
 
+STATE_AND_WEIGHT_BYTES = 12  # of an element: float32, and both of Adam's means
 Kind = Literal["without", "tierstore", "resident"]
 
 
@@ -114,8 +115,7 @@ def memory_for(study: Study, run: Run, rows: int, row_width: int) -> Iterator[Me
         return
     folder = Path(tempfile.mkdtemp(prefix=f"learn-{os.getpid()}-", dir=study.folder))
     try:
-        row_bytes = row_width * 4 * 3  # weight and both of Adam's means
-        dram_bytes = max(1 << 20, int(rows * row_bytes * study.dram_share))
+        dram_bytes = max(1 << 20, int(rows * row_width * STATE_AND_WEIGHT_BYTES * study.dram_share))
         tiered = Tiered(
             folder / "store",
             rows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,17 @@ def test_the_store_learns_what_memory_learns(study: Study) -> None:
     assert tiered == pytest.approx(resident, abs=1e-4)
     assert abs(without - resident) > 1e-6, "the table is not read"
     assert not list(study.folder.glob("learn-*-*/")), "stores are left behind"
+
+
+def test_rates_beside_memory_and_beside_commits(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = "--batch 3 --context 8 --vocab-size 300 --hidden 32 --layers 2 --rows-per-head 400"
+    counts = "--windows 2 --steps 2 --training-batches 9 --json"
+    assert main(["train-rate", "--dir", str(study.folder), *sizes.split(), *counts.split()]) == 0
+    told = json.loads(capsys.readouterr().out)
+    for name in ("store_beside_resident", "steps_beside_commits"):
+        assert len(told[name]["ours"]) == 2
+        assert min(told[name]["ours"]) > 0
+    assert told["counters"]["training_commits"] >= 2
 
 
 @pytest.mark.parametrize(
