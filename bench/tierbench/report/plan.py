@@ -93,7 +93,7 @@ def _waiting(record: Record, plans: Sequence[Node]) -> Figure | None:
         series,
         marks,
     )
-    rows = [[s., size(x), percent(y)] for s in series for x, y in zip(s.xs, s.ys, strict=True)]
+    rows = [[s.name, size(x), percent(y)] for s in series for x, y in zip(s.xs, s.ys, strict=True)]
     note = "Predicted from the machine’s measured figures."
     return Figure(chart, [record], note, "", ["tiers", "DRAM", "waiting"], rows, wide=True)
 
