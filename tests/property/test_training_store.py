@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engram_client.errors import GenerationMismatch
-from tests.support.training import DIM, make_store, open_store, push_of, trained_spec, weights
+from tests.support.training import DIM, SMALLEST, make_store, open_store, push_of, trained_spec, weights
 from tierstore.training.store import TrainingStore
 
 ROWS = {"a": 500, "b": 300, "wide": 200}
@@ -109,12 +109,12 @@ def test_adam_resumes_bit_for_bit_and_does_not_see_the_budget(tmp_path: Path, se
     assert resident.stats()["training_rows_evicted"] == 0
     resident.close()
 
-    store = make_store(tmp_path / "resumed", [spec])
+    store = make_store(tmp_path / "resumed", [spec], SMALLEST // 2)
     train(store, range(12))
     store.commit(11).wait(30)
     train(store, range(12, 17))  # lost
     store.close()
-    store = open_store(tmp_path / "resumed")
+    store = open_store(tmp_path / "resumed", SMALLEST // 2)
     assert store.step() == 11
     train(store, range(12, 20))
     store.commit(19).wait(30)
