@@ -2,8 +2,8 @@
 
 The batch of a step is so many stretches of the text, each from a place of its own: the text is cut into as
 many lanes as a batch has sequences and read from front to back, so every run of a size sees the same tokens
-in the same order, and each token once. A run's rows are asked for as soon as its tokens are known, one step
-ahead.
+in the same order, and each token once. A step's rows are asked for before the step in front of it computes:
+what they are after its update comes from DRAM.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ def train(
     losses, started = [], time.perf_counter()
     ahead = _start(memory, mapping, batches[0])
     for step, batch in enumerate(batches):
-        pending, ahead = ahead, None
-        rows = memory.rows(pending) if memory else None
+        rows = memory.rows(ahead) if memory else None
+        if step + 1 < len(batches):
+            ahead = _start(memory, mapping, batches[step + 1])
         loss = _loss(model, batch, rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM_MAX)
@@ -84,8 +85,6 @@ def train(
         optimizer.zero_grad()
         if memory:
             memory.learn(step, rate)
-        if step + 1 < len(batches):
-            ahead = _start(memory, mapping, batches[step + 1])
         losses.append(float(loss.detach()))
         on_step(step)
     return losses, time.perf_counter() - started
