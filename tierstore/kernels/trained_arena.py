@@ -45,7 +45,7 @@ from tierstore.kernels.admit import empty_set, write_record
 from tierstore.kernels.dueling import NEUTRAL
 from tierstore.kernels.replacement import choose_way, recall, remember
 
-DIRTY_MAX = 12  # of a set's 16 ways, between updates
+DIRTY_MAX = 6  # of a set's 16 ways, between updates: what is read must outlive the step that updates it
 ALL_DIRTY = (1 << WAYS) - 1
 BLOCK = 16
 ADMITTED, EVICTED, COUNTS = range(3)  # places in the counts array, and how many
