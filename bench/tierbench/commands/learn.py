@@ -21,7 +21,7 @@ from tierbench.learn.figures import log_log_fit, over_seeds
 from tierbench.learn.model import HEAD_WIDTH
 from tierbench.learn.runs import Recipe, tokens_needed
 from tierbench.learn.study import Run, Study, measure
-from tierbench.options import count, count_list, fraction, positive
+from tierbench.options import count, count_list, fraction, positive, whole
 from tierbench.progress import count_progress
 
 COLUMNS = ("model", "rows of the table", "validation loss", "std over seeds", "tokens/s")
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows of each of the 8 heads, one table for each number (default: 1000 to 64000)")  # fmt: skip
     add("--seeds", type=count, default=3, metavar="N",
         help="runs without a table, and with the largest (default: %(default)s)")  # fmt: skip
+    add("--seed", type=whole, default=0, help="of the first run; the others count up (default: %(default)s)")
     add("--size-seeds", type=count, default=1, metavar="N", help="with each other (default: %(default)s)")
     add("--steps", type=count, default=1000, metavar="N", help="of training (default: %(default)s)")
     add("--validation-tokens", type=count, default=100_000, metavar="N", help="default: %(default)s")
@@ -86,11 +87,11 @@ def _check(args: argparse.Namespace, recipe: Recipe) -> None:
 
 def _runs(args: argparse.Namespace) -> Iterator[Run]:
     *smaller, largest = sorted(set(args.rows_per_head))
-    for seed in range(args.seeds):
+    for seed in range(args.seed, args.seed + args.seeds):
         yield Run("without", 0, seed)
         yield Run("tierstore", largest, seed)
-    yield Run("resident", largest, 0)
-    for seed in range(args.size_seeds):
+    yield Run("resident", largest, args.seed)
+    for seed in range(args.seed, args.seed + args.size_seeds):
         yield from (Run("tierstore", rows, seed) for rows in reversed(smaller))
 
 

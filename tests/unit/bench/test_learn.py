@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,6 +86,29 @@ def test_rates_beside_memory_and_beside_commits(study: Study, capsys: pytest.Cap
         assert len(told[name]["ours"]) == 2
         assert min(told[name]["ours"]) > 0
     assert told["counters"]["training_commits"] >= 2
+
+
+def test_the_record_holds_every_loss(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All runs in this process: the text that the fixture puts in place is here alone."""
+
+    def measured(study: Study, runs: list[Run], processes: int, done: Callable[[Run], None]) -> list[Any]:
+        return [run_one(study, run) for run in runs]
+
+    monkeypatch.setattr("tierbench.commands.learn.measure", measured)
+    sizes = "--batch 3 --context 8 --vocab-size 300 --hidden 32 --layers 2 --rows-per-head 300,400"
+    counts = "--steps 3 --seeds 2 --seed 7 --validation-tokens 60"
+    threads = torch.get_num_threads()
+    try:
+        command = ["learn", "--dir", str(study.folder), *sizes.split(), *counts.split()]
+        assert main([*command, "--record", str(tmp_path / "records")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    (path,) = (tmp_path / "records").iterdir()
+    record = json.loads(path.read_text())
+    models = record["results"]["models"]
+    assert record["seed"] == 7
+    assert sorted(len(m["losses"]) for m in models) == [1, 1, 2, 2]
+    assert record["results"]["log_log_fit"]["r2"] <= 1
 
 
 @pytest.mark.parametrize(
