@@ -248,8 +248,8 @@ def test_a_thousand_rings_leave_nothing_behind(packed: PackedStore, roomy: Daemo
         def as_before() -> bool:
             copier.take_back(wait=True)
             now = maps(), len(os.listdir("/proc/self/fd")), threading.active_count()
-            grown = [a - b for a, b in zip(now, before, strict=True)]  # what others leave behind may shrink
-            return not copier._jobs and grown[0] < 200 and max(grown[1:]) <= 0
+            grown = [a - b for a, b in zip(now, before, strict=True)]
+            return not copier._jobs and max(grown) < 100  # one thing of each ring would be a thousand
 
         assert eventually(as_before), f"{before=}"
     assert not copier._thread.is_alive()
