@@ -13,6 +13,7 @@ import numpy as np
 
 from engram_client.errors import BadRequest
 from engram_client.spec import Field
+from tierstore.format.decode import column
 from tierstore.packing import Progress
 from tierstore.packing.run import OnProgress
 from tierstore.snapshots.fresh import fresh_folder, no_room
@@ -26,7 +27,6 @@ from tierstore.snapshots.names import (
 )
 from tierstore.snapshots.rows import StepRows, batches, numbers_of
 from tierstore.snapshots.tensors import NewTensor, TensorFile
-from tierstore.snapshots.weights import column
 from tierstore.updates import TrainedSpec
 
 FILE_NAME, CONFIG_NAME, LAYOUT_NAME = "model.safetensors", "config.json", "layout.json"

@@ -6,15 +6,9 @@ import numpy as np
 
 from engram_client.errors import BadRequest
 from engram_client.spec import Field, RowLayout
+from tierstore.format.decode import bfloat16_of, column, float32_of
 
 DTYPES = ("float32", "bfloat16")
-LOW_HALF = 16  # bits of a float32 that a bfloat16 lacks
-
-
-def column(rows: np.ndarray, layout: RowLayout, name: str) -> np.ndarray:
-    """One field of rows uint8 [n, row_bytes]: uint8 [n, field bytes], C-contiguous."""
-    start = layout.offset_bytes(name)
-    return np.ascontiguousarray(rows[:, start : start + layout.field(name).bytes])
 
 
 class Weights:
@@ -37,18 +31,7 @@ class Weights:
         if self.field.dtype == self._kept:
             return column(rows, self._layout, "weight")
         if self.field.dtype == "bfloat16":
-            return _rounded(column(rows, self._layout, "weight").view(np.uint32)).view(np.uint8)
+            return bfloat16_of(column(rows, self._layout, "weight").view(np.float32)).view(np.uint8)
         if self._has_master:
             return column(rows, self._layout, "master")
-        halves = column(rows, self._layout, "weight").view(np.uint16)
-        return (halves.astype(np.uint32) << LOW_HALF).view(np.uint8)
-
-
-def _rounded(bits: np.ndarray) -> np.ndarray:
-    """bfloat16 as uint16 of the bits of float32, uint32."""
-    even = (bits >> LOW_HALF) & 1
-    rounded = ((bits + (np.uint32(0x7FFF) + even)) >> LOW_HALF).astype(np.uint16)
-    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    if is_nan.any():
-        rounded[is_nan] = ((bits[is_nan] >> LOW_HALF) | 0x40).astype(np.uint16)
-    return rounded
+        return float32_of(column(rows, self._layout, "weight").view(np.uint16)).view(np.uint8)

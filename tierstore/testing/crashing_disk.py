@@ -191,6 +191,9 @@ class CrashingDisk(Disk):
         self._open[self._next_fd] = folder.names[path.name], path
         return self._next_fd
 
+    def open_to_read(self, path: Path) -> int:
+        return self.open(path)
+
     def open_direct(self, path: Path) -> int:
         return self.open(path)
 

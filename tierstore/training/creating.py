@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from engram_client.errors import BadRequest, StorageError
 from engram_client.hashing import NgramHashMapping
 from engram_client.partition import Partition
-from engram_client.spec import HashScheme
+from engram_client.spec import RowLayout
 from engram_client.tokenizer import CompressedTokenizer
 from tierstore.catalog import Catalog
-from tierstore.training.recipe import layout_of, make_recipe
-from tierstore.training.store import TrainingStore
+from tierstore.packing import Progress
+from tierstore.training.origin import PACKED_HERE, NewTable, Origin, begun_tables, check_names
+from tierstore.training.recipe import Recipe, layout_of, make_recipe
+from tierstore.training.store import FOLDER, TrainingStore
 from tierstore.updates import Initial, TrainedSpec
+from tierstore.updates.disk import REAL_DISK
+from tierstore.updates.identity import is_created
 
-
-@dataclass(frozen=True)
-class NewTable:
-    name: str
-    rows: int
-    dim: int
-    scheme: HashScheme | None = None
-    model: str | None = None
+__all__ = ["NewTable", "Origin", "create_training", "engram_tables"]
 
 
 def engram_tables(
@@ -62,36 +60,49 @@ def create_training(
     initial_std: float = 0.0,
     seed: int = 0,
     share: tuple[int, int] | None = None,
+    origin: Origin | None = None,
+    notify: Callable[[str], None] = lambda sentence: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
     **recipe: Any,
 ) -> list[TrainedSpec]:
-    """Make an empty training store of `tables` in `directory`, and a store directory where it is none.
+    """Make a training store of `tables` in `directory`, and a store directory where it is none.
 
-    `recipe` may give `learning_rate`, `weight_decay`, `rate_scale`. With `share` (rank, world) the store
-    keeps that rank's rows of the tables, for sharded training. Raises BadRequest, StorageError.
+    Tables of `origin` begin with the weights they have there, decoded to `dtype`, and the optimizer's initial
+    state; the others empty. `recipe` may give `learning_rate`, `weight_decay`, `rate_scale`. With `share`
+    (rank, world) the store keeps that rank's rows of the tables, for sharded training. Killed meanwhile it
+    leaves no store, and what it leaves the next create takes up or removes. Raises BadRequest, UnknownTable,
+    FormatError, StorageError, StoreLocked.
     """
-    if not tables:
-        raise BadRequest("no table is named; give --table NAME:ROWS:DIM or --model")
+    directory = Path(directory)
     made = make_recipe(optimizer, settings=settings or {}, **recipe)
     initial = Initial("normal", initial_std, seed) if initial_std else Initial()
-    specs = []
-    for table in tables:
-        part = Partition(*share, table.rows, table.scheme) if share else None
-        layout = layout_of(table.dim, made, dtype=dtype, master=master)
-        layer = table.scheme.layer_id if table.scheme else None
-        spec = TrainedSpec(
-            table.name, part.store_rows if part else table.rows, layout, initial,
-            None if part else table.scheme, layer, table.model, made.to_json(), partition=part,
-        )  # fmt: skip
-        specs.append(spec)
-    directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot make {directory}: {error.strerror}") from error
-    with Catalog.open(directory, create=True) as catalog:
-        packed = catalog.tables()
-    for spec in specs:
-        if spec.name in packed:
-            raise BadRequest(f"{directory} has a packed table {spec.name!r}; a name means one table")
-    TrainingStore.create(directory, specs)
+    if is_created(REAL_DISK, directory / FOLDER):
+        raise BadRequest(f"{directory} holds a training store already; open it, or choose another folder")
+    with ExitStack() as stack:
+        begun = stack.enter_context(begun_tables(origin, directory, notify, on_progress)) if origin else []
+        if not (begun or tables):
+            raise BadRequest("no table is named; give --table NAME:ROWS:DIM, --model or --from")
+        specs = []
+        for table in (*begun, *tables):
+            layout = layout_of(table.dim, made, dtype=dtype, master=master)
+            specs.append(_spec(table, layout, table.initial or initial, made, share))
+        check_names((*begun, *tables), directory)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot make {directory}: {error.strerror}") from error
+        Catalog.open(directory, create=True).close()
+        TrainingStore.create(directory, specs)
+    shutil.rmtree(directory / FOLDER / PACKED_HERE, ignore_errors=True)  # of a create that was given up
     return specs
+
+
+def _spec(
+    table: NewTable, layout: RowLayout, initial: Initial, recipe: Recipe, share: tuple[int, int] | None
+) -> TrainedSpec:
+    part = Partition(*share, table.rows, table.scheme) if share else None
+    layer = table.scheme.layer_id if table.scheme else table.layer
+    return TrainedSpec(
+        table.name, part.store_rows if part else table.rows, layout, initial,
+        None if part else table.scheme, layer, table.model, recipe.to_json(), partition=part,
+    )  # fmt: skip

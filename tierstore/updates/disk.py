@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Protocol
 
@@ -45,6 +46,7 @@ class RunReader(Protocol):
     def close(self) -> None: ...
 
 
+CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP)
 WRITE_BYTES = 8 << 20  # of one system call, so that none holds a signal up for long
 
 
@@ -54,6 +56,19 @@ class Disk:
     def open(self, path: Path, *, create: bool = False) -> int:
         """A descriptor to read and write `path`."""
         return os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o644)
+
+    def open_to_read(self, path: Path) -> int:
+        """A descriptor of a file that is never written here."""
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def bring(self, source: Path, target: Path) -> None:
+        """Have a file that nobody changes under another name: linked, or copied and synced."""
+        try:
+            os.link(source.resolve(strict=True), target)
+        except OSError as error:
+            if error.errno not in CANNOT_LINK:
+                raise
+            copy_synced(source, target)
 
     def open_direct(self, path: Path) -> int:
         """As `open`, past the page cache where that can be: aligned memory, whole sectors."""
@@ -149,6 +164,21 @@ class Disk:
 
     def open_steps(self, folder: Path) -> StepIndex:
         return LmdbSteps(folder)
+
+
+def copy_synced(source: Path, target: Path) -> None:
+    """Copy a file in bounded memory; no room is told before anything is written, and nothing is left then."""
+    try:
+        with source.open("rb") as read, target.open("wb") as written:
+            size_bytes = os.fstat(read.fileno()).st_size
+            if size_bytes > os.fstatvfs(written.fileno()).f_bavail * os.fstatvfs(written.fileno()).f_frsize:
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for {size_bytes} bytes of {source}")
+            shutil.copyfileobj(read, written, WRITE_BYTES)
+            written.flush()
+            os.fsync(written.fileno())
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
 
 
 REAL_DISK = Disk()

@@ -16,11 +16,12 @@ from tierstore.format.geometry import PAGE_BYTES
 from tierstore.kernels.trained_pages import put_rows, seal_pages_of_epoch
 from tierstore.updates.disk import REAL_DISK, Disk
 from tierstore.updates.identity import FIRST_FOLD, create_store
-from tierstore.updates.initial import InitialRows
 from tierstore.updates.pages import TablePages
+from tierstore.updates.reading import PieceReader
 from tierstore.updates.spec import TrainedSpec
 
 BATCH_BYTES = 4 << 20  # of pages that are put together
+READ_DEPTH = 16  # reads at a time of what tables began with
 LOOK_ROWS = 1 << 18  # among which rows that were touched are looked for
 
 
@@ -46,8 +47,12 @@ def create_filled(
     """
 
     def fill(pages: list[TablePages]) -> None:
-        for number, table in enumerate(pages):
-            _Filling(number, table, rows).run(on_rows)
+        reader = PieceReader(disk.open_reader(READ_DEPTH), BATCH_BYTES)
+        try:
+            for number, table in enumerate(pages):
+                _Filling(number, table, rows, reader).run(on_rows)
+        finally:
+            reader.close()
 
     create_store(disk, folder, tables, fill)
 
@@ -55,9 +60,8 @@ def create_filled(
 class _Filling:
     """One table's pages."""
 
-    def __init__(self, number: int, pages: TablePages, rows: Rows) -> None:
-        self._number, self._pages, self._rows = number, pages, rows
-        self._initial = InitialRows(pages.spec)
+    def __init__(self, number: int, pages: TablePages, rows: Rows, reader: PieceReader) -> None:
+        self._number, self._pages, self._rows, self._reader = number, pages, rows, reader
 
     def run(self, on_rows: Callable[[int, int], None]) -> None:
         g, spec = self._pages.geometry, self._pages.spec
@@ -76,17 +80,16 @@ class _Filling:
     def _write(self, ids: np.ndarray) -> None:
         """The pages of those rows among `ids` int64 [n], ascending, that are not as they were initially."""
         g = self._pages.geometry
-        rows, initial = (np.zeros((ids.size, g.row_bytes), np.uint8) for _ in range(2))
+        rows = np.zeros((ids.size, g.row_bytes), np.uint8)
         self._rows.read(self._number, ids, rows)
-        self._initial.fill(ids, np.arange(ids.size), initial)
-        differs = (rows != initial).any(axis=1)
+        differs = (rows != self._pages.begun_with(self._reader, ids)).any(axis=1)
         ids, rows = ids[differs], rows[differs]
         if ids.size == 0:
             return
         units = np.unique(self._pages.units(ids))
         images = np.zeros((units.size * g.pages_per_row, PAGE_BYTES // 8), np.uint64)
         place = (units, g.rows_per_page, g.pages_per_row, g.room_bytes, images)
-        others, fresh = self._pages.initial_rows(units)
+        others, fresh = self._pages.initial_rows(self._reader, units)
         put_rows(fresh, others, *place)
         put_rows(rows, ids, *place)
         numbers = self._pages.pages_of(units)

@@ -98,7 +98,7 @@ def _fold_batch(parts: FoldParts, table: int, number: int, ids: np.ndarray, posi
     images = np.zeros((units.size * g.pages_per_row, PAGE_BYTES // 8), np.uint64)
     pages.read_units(parts.reader, units, images)
     place = (units, g.rows_per_page, g.pages_per_row, g.room_bytes, images)
-    fresh, initial = pages.initial_rows(units)
+    fresh, initial = pages.initial_rows(parts.reader, units)
     put_rows(initial, fresh, *place)
     rows = np.empty((ids.size, g.row_bytes), np.uint8)
     with parts.log.changed:

@@ -12,6 +12,8 @@ import numpy as np
 
 from engram_client.errors import BadRequest, DataCorrupt, FormatError
 from tierstore.format.header import uuid_words
+from tierstore.updates.base_rows import FOLDER as BASES
+from tierstore.updates.base_rows import bring_bases, located
 from tierstore.updates.blocks import checksum_of
 from tierstore.updates.disk import Disk
 from tierstore.updates.epochs import EpochsFile
@@ -55,8 +57,10 @@ def is_created(disk: Disk, folder: Path) -> bool:
 
 def write_identity(disk: Disk, folder: Path, identity: Identity) -> None:
     """Write it whole, under a name of its own, then rename: there is a store once this name is there."""
-    described = {"version": VERSION, "uuid": identity.uuid.hex(),
-                 "tables": [t.to_json() for t in identity.tables]}  # fmt: skip
+    tables = [t.to_json() for t in identity.tables]
+    for table in tables:
+        table["initial"].pop("path")  # it lies in the store, wherever that is moved to
+    described = {"version": VERSION, "uuid": identity.uuid.hex(), "tables": tables}
     text = json.dumps(described, sort_keys=True)
     data = json.dumps({"store": described, "checksum": f"{checksum_of(text.encode()):016x}"}, sort_keys=True)
     fd = disk.open(folder / f"{NAME}.new", create=True)
@@ -94,20 +98,34 @@ def load_identity(disk: Disk, folder: Path) -> Identity:
             f"{path} has version {described['version']}, this release reads version {VERSION}; install a "
             "newer one"
         )
-    return Identity(bytes.fromhex(described["uuid"]), tuple(map(TrainedSpec.from_json, described["tables"])))
+    tables = [located(folder, TrainedSpec.from_json(table)) for table in described["tables"]]
+    return Identity(bytes.fromhex(described["uuid"]), tuple(tables))
 
 
 def create_store(disk: Disk, folder: Path, tables: Sequence[TrainedSpec], fill: Fill | None = None) -> None:
     """Make a training store in `folder`: empty, or with the pages that `fill` writes.
 
-    Raises BadRequest where there is one, OSError, and what `fill` raises.
+    What one that was killed meanwhile has left is removed. Raises BadRequest where there is a store,
+    StoreLocked where another process is making one, OSError, and what `fill` raises.
     """
     check_tables(tables)
+    disk.make_folder(folder)
+    owned = disk.lock(folder)
+    try:
+        _create(disk, folder, tables, fill)
+    finally:
+        owned.close()
+
+
+def _create(disk: Disk, folder: Path, tables: Sequence[TrainedSpec], fill: Fill | None) -> None:
     if is_created(disk, folder):
         raise BadRequest(f"{folder} holds a training store already; open it, or choose another folder")
+    for name in ("log", "pages", BASES):
+        disk.make_folder(folder / name)
+        for left in disk.names(folder / name):
+            disk.unlink(folder / name / left)
+    tables = bring_bases(disk, folder, tables)
     identity = Identity(os.urandom(16), tuple(tables))
-    disk.make_folder(folder / "log")
-    disk.make_folder(folder / "pages")
     superblock = Superblock(disk, folder, identity.uuid)
     superblock.create()
     pages = [TablePages(disk, folder, table) for table in tables]

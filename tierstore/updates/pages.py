@@ -88,7 +88,8 @@ class TablePages:
         self._disk.sync_folder(self.path.parent)
 
     def open(self) -> None:
-        """Raises FormatError where the file is not this table's."""
+        """Raises FormatError where the file, or what the table began with, is not this table's."""
+        self._initial.open(self._disk)
         self.fd = self._disk.open(self.path)
         page = np.zeros(PAGE_BYTES, np.uint8)
         self._disk.read(self.fd, page, 0)
@@ -102,6 +103,7 @@ class TablePages:
             )
 
     def close(self) -> None:
+        self._initial.close()
         if self.fd >= 0:
             self._disk.close(self.fd)
 
@@ -114,7 +116,7 @@ class TablePages:
         """
         written = self.epochs[self._index_of(self.units(ids))] > 0
         fresh = ~written
-        self._initial.fill(ids[fresh], targets[fresh], out)
+        self._initial.fill(ids[fresh], targets[fresh], out, reader, deadline)
         ids, targets = ids[written], targets[written]
         if ids.size == 0:
             return
@@ -137,15 +139,19 @@ class TablePages:
             pieces = Pieces(whole, np.zeros(whole.size, np.int64), lengths, at[written].ravel())
             self._read_checked(reader, pieces, images.view(np.uint8), Deadline.after(None))
 
-    def initial_rows(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def initial_rows(self, reader: PieceReader, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids int64 and rows uint8 [n, row_bytes] of those of `units` that were never written."""
         fresh = units[self.epochs[self._index_of(units)] == 0]
         n = self.geometry.rows_per_page
         ids = (fresh[:, None] * n + np.arange(n)).ravel() if n else fresh
         ids = ids[ids < self.spec.rows]
+        return ids, self.begun_with(reader, ids)
+
+    def begun_with(self, reader: PieceReader, ids: np.ndarray) -> np.ndarray:
+        """Rows uint8 [n, row_bytes] as they were before they were ever written, whether they were or not."""
         rows = np.zeros((ids.size, self.spec.row_bytes), np.uint8)
-        self._initial.fill(ids, np.arange(ids.size), rows)
-        return ids, rows
+        self._initial.fill(ids, np.arange(ids.size), rows, reader, Deadline.after(None))
+        return rows
 
     def written(self, first: int, last: int) -> np.ndarray:
         """Those of rows [first, last) whose pages were ever written, int64 [n], ascending."""

@@ -19,20 +19,25 @@ ROWS_MAX = 2**40
 
 @dataclass(frozen=True)
 class Initial:
-    """Rows that were never written: `zeros`, or `normal` weights of `std` from a counter-based generator.
+    """Rows that were never written: `zeros`, `normal` weights of `std` from a counter-based generator, or
+    those of a `packed` generation of the whole table, which the store keeps.
 
     The generator's counter is (seed, table's name, row, element), so a row is the same whenever and by
     whomever it is computed, and a run that is repeated from its seed begins with the same rows. The fields
     `weight` and, where there is one, `master` get the values; others are zeros.
     """
 
-    kind: Literal["zeros", "normal"] = "zeros"
+    kind: Literal["zeros", "normal", "packed"] = "zeros"
     std: float = 0.0
     seed: int = 0
+    generation: str | None = None  # of the packed table, 32 hexadecimal digits
+    path: str | None = field(default=None, compare=False)  # of its row file; not saved, known once opened
 
     def __post_init__(self) -> None:
-        if self.kind not in ("zeros", "normal"):
-            raise BadRequest(f"initial rows are 'zeros' or 'normal', got {self.kind!r}")
+        if self.kind not in ("zeros", "normal", "packed"):
+            raise BadRequest(f"initial rows are 'zeros', 'normal' or 'packed', got {self.kind!r}")
+        if (self.kind == "packed") != (self.generation is not None):
+            raise BadRequest(f"a generation is given for packed initial rows and no others, got {self}")
         if not (math.isfinite(self.std) and self.std >= 0):
             raise BadRequest(f"std of initial rows must be finite and >= 0, got {self.std}")
         if not 0 <= self.seed < 2**63:
@@ -77,6 +82,11 @@ class TrainedSpec:
     @property
     def row_bytes(self) -> int:
         return self.layout.row_bytes
+
+    @property
+    def whole_rows(self) -> int:
+        """Of the table that this is one share of, or all of."""
+        return self.partition.rows if self.partition else self.rows
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
