@@ -58,6 +58,10 @@ class Partition:
         """Rows int64 [n] of this share's store as rows of the whole table."""
         return places * self.world + self.rank
 
+    def places_before(self, row: int) -> int:
+        """How many rows of this share come before `row` of the whole table."""
+        return max(0, -(-(row - self.rank) // self.world))
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

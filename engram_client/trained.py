@@ -186,9 +186,14 @@ class Training:
         """
         self.start_commit(step, timeout=timeout).wait(timeout)
 
-    def start_commit(self, step: int, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> PendingCommit:
-        """As `commit`, but returns once the step is closed; updates from here on belong to later ones."""
-        self._training.commit(step, timeout)
+    def start_commit(
+        self, step: int, *, timeout: float | None = DEFAULT_TIMEOUT_S, training: str = ""
+    ) -> PendingCommit:
+        """As `commit`, but returns once the step is closed; updates from here on belong to later ones.
+
+        `training` is what `ShardedTraining` calls itself: a share keeps with which others it has learned.
+        """
+        self._training.commit(step, timeout, training)
         return PendingCommit(step, lambda timeout: self._training.wait_durable(step, timeout))
 
     def rollback(self, step: int, *, timeout: float | None = COMMIT_TIMEOUT_S) -> None:

@@ -23,6 +23,7 @@ COMMANDS = {
     "export": "write a committed step of a training store as a checkpoint",
     "publish": "make the weights of a committed step a generation that is served",
     "snapshot": "copy a committed step into a training store of its own",
+    "reshard": "deal the rows of a training store out to another number of ranks",
     "rollback": "make an earlier generation of a table current again",
     "config": "check and show the configuration",
 }

@@ -26,11 +26,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from engram_client.agreement import (
+    AS_CREATED,
+    check_equal,
+    check_shares,
+    check_training,
+    common_step,
+    summary,
+    training_of,
+)
 from engram_client.deadline import TIMEOUT_S_MAX
 from engram_client.errors import BadRequest, StepConflict
 from engram_client.table import DEFAULT_TIMEOUT_S
 from engram_client.trained import COMMIT_TIMEOUT_S, PendingCommit, Training
-from engram_client.training.agreement import AS_CREATED, check_equal, check_shares, common_step, summary
 from engram_client.training.exchange import Exchange, Kind, attempt
 from engram_client.training.sharded_table import ShardedTable
 from engram_client.transport.training import TrainedDescription
@@ -77,19 +85,27 @@ class ShardedTraining:
         told, _ = self._exchange.swap(Kind.OPEN, [text] * self.world, step=wanted or 0, error=error)
         all_ranks = [json.loads(part.tobytes()) for part in told]
         check_equal([one["tables"] for one in all_ranks])
-        step = common_step([one["steps"] for one in all_ranks], wanted)
+        self._name = training_of([one["uuids"] for one in all_ranks])
+        ranks = [f"rank {rank}" for rank in range(self.world)]
+        check_training([one["training"] for one in all_ranks], self._name, ranks)
+        step = common_step([one["steps"] or [AS_CREATED] for one in all_ranks], wanted)
         _, error = attempt(lambda: self._go_to(step))
         self._exchange.swap(Kind.OPENED, step=step, error=error)
 
     def _introduction(self) -> dict[str, Any]:
         tables = self._training.tables()
         check_shares(tables, self.rank, self.world)
-        if not self._training.steps():
-            self._training.commit(AS_CREATED)
-        return {"tables": summary(tables), "steps": self._training.steps()}
+        return {
+            "tables": summary(tables),
+            "uuids": [d.spec.uuid for d in tables.values()],
+            "training": next((d.training for d in tables.values()), ""),
+            "steps": self._training.steps(),
+        }
 
     def _go_to(self, step: int) -> None:
         """Unless all is as of then already."""
+        if not self._training.steps():
+            self._training.start_commit(AS_CREATED, training=self._name).wait()
         described = self._training.tables().values()
         if any(d.committed_step != step or (d.updated_step or 0) > step for d in described):
             self._training.rollback(step)
@@ -122,7 +138,9 @@ class ShardedTraining:
             last = self._last
             _, error = attempt(lambda: self._check_commit(last, timeout))
             self._exchange.swap(Kind.CLOSE, step=step, error=error)
-            pending, error = attempt(lambda: self._training.start_commit(step, timeout=timeout))
+            pending, error = attempt(
+                lambda: self._training.start_commit(step, timeout=timeout, training=self._name)
+            )
             self._last = pending or last
             self._exchange.swap(Kind.CLOSED, step=step, error=error)
             assert pending is not None

@@ -123,8 +123,8 @@ class ShardedTable:
         """As `TrainedTable.update`, with the gradients of all ranks; returns once all have applied theirs.
 
         All ranks give the same step, rate and decay. A gradient that is not finite is refused on all ranks,
-        before any of them applies anything; training.not_finite is not looked at. After DeadlineExceeded or
-        StorageError the same call on all ranks goes on where it stopped.
+        before any of them applies anything, or its row is skipped, as training.not_finite says on all of
+        them. After DeadlineExceeded or StorageError the same call on all ranks goes on where it stopped.
         """
 
         def push() -> None:
@@ -169,12 +169,12 @@ class ShardedTable:
         ids, sums = sum_by_row(np.concatenate(places), np.concatenate(values).reshape(-1, self.dim))
         sums = sums * self._scale
         marks = np.zeros(ids.size, np.bool_)
-        if mark_not_finite(sums, marks):
+        if self.description.not_finite == "refuse" and mark_not_finite(sums, marks):
             row = self.partition.row_ids(ids[np.argmax(marks)])
             raise NotFiniteGradient(
                 f"table {self.spec.name!r}: the gradient of row {row} is not finite ({marks.sum()} such "
                 f"rows of {ids.size} in this share); nothing was applied; lower the loss scale or the "
-                "learning rate"
+                "learning rate, or set training.not_finite=skip on all ranks"
             )
         digest = hashlib.blake2b(step.to_bytes(8, "little", signed=True) + ids.tobytes() + sums.tobytes())
         if self._exchange.half_done.get(self._number, digest.digest()) != digest.digest():

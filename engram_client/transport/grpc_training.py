@@ -84,8 +84,9 @@ class GrpcTraining:
                 part=number, parts=parts,
             )  # fmt: skip
 
-    def commit(self, step: int, timeout_s: float | None) -> None:
-        self._call("Commit", pb.CommitRequest(step=step), pb.CommitResponse, timeout_s)
+    def commit(self, step: int, timeout_s: float | None, training: str = "") -> None:
+        message = pb.CommitRequest(step=step, training=training)
+        self._call("Commit", message, pb.CommitResponse, timeout_s)
 
     def wait_durable(self, step: int, timeout_s: float | None) -> None:
         self._call("WaitDurable", pb.WaitDurableRequest(step=step), pb.WaitDurableResponse, timeout_s)

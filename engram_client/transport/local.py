@@ -139,8 +139,8 @@ class LocalTraining:
     def update(self, request: UpdateRequest, timeout_s: float | None) -> None:
         self.store.update(request, timeout_s)
 
-    def commit(self, step: int, timeout_s: float | None) -> None:
-        self.store.commit(step, timeout_s)
+    def commit(self, step: int, timeout_s: float | None, training: str = "") -> None:
+        self.store.commit(step, timeout_s, training)
 
     def wait_durable(self, step: int, timeout_s: float | None) -> None:
         self.store.wait_durable(step, timeout_s)

@@ -46,6 +46,9 @@ class TrainedDescription:
     committed_step: int | None = None
     updated_step: int | None = None  # of the newest update, committed or not
     partition: Partition | None = None  # `spec` is of one share of a larger table
+    initial: dict[str, Any] = field(default_factory=dict)  # what rows are before they are trained
+    not_finite: str = "refuse"  # or "skip": rows whose gradient is not finite
+    training: str = ""  # of a share: with which others it has learned, as commits were told
 
 
 class OpenStep(Protocol):
@@ -76,8 +79,12 @@ class TrainingTransport(Protocol):
         Raises NotFiniteGradient, StepConflict, GenerationMismatch, DeadlineExceeded, and what look-ups raise.
         """
 
-    def commit(self, step: int, timeout_s: float | None) -> None:
-        """Close a step over all tables; returns when it is on its way to the disk."""
+    def commit(self, step: int, timeout_s: float | None, training: str = "") -> None:
+        """Close a step over all tables; returns when it is on its way to the disk.
+
+        `training` names the sharded training of a share, which keeps it. Raises BadRequest where it has
+        another.
+        """
 
     def wait_durable(self, step: int, timeout_s: float | None) -> None:
         """Returns when a committed step is on the disk."""

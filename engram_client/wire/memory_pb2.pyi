@@ -179,18 +179,24 @@ class StatsResponse(_message.Message):
     def __init__(self, counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class TrainedTable(_message.Message):
-    __slots__ = ("spec", "optimizer_json", "committed_step", "updated_step", "partition_json")
+    __slots__ = ("spec", "optimizer_json", "committed_step", "updated_step", "partition_json", "initial_json", "not_finite", "training")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_JSON_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_STEP_FIELD_NUMBER: _ClassVar[int]
     UPDATED_STEP_FIELD_NUMBER: _ClassVar[int]
     PARTITION_JSON_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_JSON_FIELD_NUMBER: _ClassVar[int]
+    NOT_FINITE_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FIELD_NUMBER: _ClassVar[int]
     spec: TableSpec
     optimizer_json: str
     committed_step: int
     updated_step: int
     partition_json: str
-    def __init__(self, spec: _Optional[_Union[TableSpec, _Mapping]] = ..., optimizer_json: _Optional[str] = ..., committed_step: _Optional[int] = ..., updated_step: _Optional[int] = ..., partition_json: _Optional[str] = ...) -> None: ...
+    initial_json: str
+    not_finite: str
+    training: str
+    def __init__(self, spec: _Optional[_Union[TableSpec, _Mapping]] = ..., optimizer_json: _Optional[str] = ..., committed_step: _Optional[int] = ..., updated_step: _Optional[int] = ..., partition_json: _Optional[str] = ..., initial_json: _Optional[str] = ..., not_finite: _Optional[str] = ..., training: _Optional[str] = ...) -> None: ...
 
 class DescribeTrainingRequest(_message.Message):
     __slots__ = ()
@@ -241,12 +247,14 @@ class UpdateResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class CommitRequest(_message.Message):
-    __slots__ = ("step", "timeout_s")
+    __slots__ = ("step", "timeout_s", "training")
     STEP_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FIELD_NUMBER: _ClassVar[int]
     step: int
     timeout_s: float
-    def __init__(self, step: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    training: str
+    def __init__(self, step: _Optional[int] = ..., timeout_s: _Optional[float] = ..., training: _Optional[str] = ...) -> None: ...
 
 class CommitResponse(_message.Message):
     __slots__ = ()

@@ -88,6 +88,9 @@ def description_to_message(description: TrainedDescription) -> pb.TrainedTable:
         committed_step=description.committed_step,
         updated_step=description.updated_step,
         partition_json=json.dumps(description.partition.to_json()) if description.partition else "",
+        initial_json=json.dumps(description.initial),
+        not_finite=description.not_finite,
+        training=description.training,
     )
 
 
@@ -98,4 +101,7 @@ def description_from_message(message: pb.TrainedTable) -> TrainedDescription:
         message.committed_step if message.HasField("committed_step") else None,
         message.updated_step if message.HasField("updated_step") else None,
         Partition.from_json(json.loads(message.partition_json)) if message.partition_json else None,
+        json.loads(message.initial_json or "{}"),
+        message.not_finite or "refuse",
+        message.training,
     )

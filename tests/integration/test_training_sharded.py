@@ -17,6 +17,7 @@ import torch
 from engram_client import connect
 from tests.support.daemon import environment, running, serve_command
 from tests.support.sharded_rank import DIM, TABLES, Trainer, everything
+from tierstore.cli import main
 from tierstore.training.creating import NewTable, create_training
 
 SMALL = {"TIERSTORE_TRAINING_DRAM_BYTES": "64KiB", "TIERSTORE_TRAINING_STAGING_BYTES": "64KiB"}
@@ -60,9 +61,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def create(folder: Path, share: tuple[int, int] | None = None) -> Path:
+def create(folder: Path, share: tuple[int, int] | None = None, seed: int = 0) -> Path:
     new = [NewTable(name, rows, DIM) for name, rows in TABLES.items()]
-    create_training(folder, new, optimizer="adam", initial_std=0.3, learning_rate=0.01, share=share)
+    options = {"initial_std": 0.3, "learning_rate": 0.01, "seed": seed, "share": share}
+    create_training(folder, new, optimizer="adam", **options)
     return folder
 
 
@@ -134,6 +136,41 @@ def test_what_fails_on_one_rank_fails_on_all(processes: list[Process], tmp_path:
         assert "rank 0 is at PUSH" in result["elsewhere"] or "rank 0 at PUSH" in result["elsewhere"]
 
 
+def test_ranks_begin_with_one_seed_and_one_way_with_gradients_that_are_not_finite(
+    processes: list[Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And with the shares of one training."""
+    stores, others = [[str(folder) for folder in shares(tmp_path / name, 2)] for name in ("a", "b")]
+    seeded = str(create(tmp_path / "seeded", (1, 2), seed=1))
+    players = processes[:2]
+
+    def agree(number: int, store: list[str], *not_finite: str) -> list[dict[str, Any]]:
+        return play("agree", players, tmp_path / f"meet{number}", store=store, not_finite=list(not_finite))
+
+    for result in agree(0, [stores[0], seeded], "skip", "skip"):
+        assert result["error"].startswith(
+            "BadRequest: shares of table 'words' are not of one table: rank 0 has "
+        )
+        assert "{'initial rows': {'kind': 'normal', 'std': 0.3, 'seed': 0}}, rank 1" in result["error"]
+    for result in agree(1, stores, "skip", "refuse"):
+        assert (
+            "rank 0 has {'training.not_finite': 'skip'}, rank 1 has {'training.not_finite': 'refuse'}"
+            in (result["error"])
+        )
+    first, second = agree(2, stores, "skip", "skip")
+    monkeypatch.setenv("TIERSTORE_TRAINING_NOT_FINITE", "skip")
+    with connect(f"local:{create(tmp_path / 'alone')}") as client:
+        training = client.training()
+        gradients = np.ones((4, DIM), np.float32)
+        gradients[1] = np.nan
+        training.table("words").update(np.arange(4), gradients, step=1)
+        assert first["rows"] == second["rows"] == everything(training, "words")
+    assert (first["skipped"], second["skipped"]) == (0, 1)
+    agree(3, others, "skip", "skip")
+    for result in agree(4, [stores[0], others[1]], "skip", "skip"):
+        assert "not of one training: rank 0, rank 1 learned with other shares" in result["error"]
+
+
 def test_a_rank_that_does_not_come_is_named(processes: list[Process], tmp_path: Path) -> None:
     stores = [str(folder) for folder in shares(tmp_path, 2)]
     start("absent", processes[:2], tmp_path / "meet", store=stores, timeout=1)
@@ -159,8 +196,8 @@ def test_data_parallel_ranks_of_one_daemon_are_one_process(processes: list[Proce
 def test_two_ranks_are_one_process_bit_for_bit_also_after_a_crash_between_their_commits(
     processes: list[Process], tmp_path: Path
 ) -> None:
-    """The last test: it kills a process."""
-    expected, rows = alone(tmp_path / "alone", 2, last=6)
+    """And once their rows were put together and dealt out anew. The last test: it kills a process."""
+    expected, rows = alone(tmp_path / "alone", 2, last=8)
     stores = [str(folder) for folder in shares(tmp_path, 2)]
     first, second, third = processes
     start("train", [first, second], tmp_path / "meet1", store=stores, micro=1, last=4, commits=(2,), dies=4)
@@ -183,6 +220,16 @@ def test_two_ranks_are_one_process_bit_for_bit_also_after_a_crash_between_their_
     )
     for result in results:
         assert result["begins"] == 2
-        assert result["rows"] == rows
         assert result["steps"] == [4, 6]
-    assert joined(results) == expected[2:]
+    assert joined(results) == expected[2:6]
+
+    whole, anew = tmp_path / "whole", tmp_path / "anew"
+    assert main(["snapshot", *stores, str(whole), "--quiet"]) == 0
+    assert main(["reshard", str(whole), "--world", "2", "--out", str(anew), "--quiet"]) == 0
+    models, stores = [f"{store}-6.pt" for store in stores], [str(anew / str(rank)) for rank in range(2)]
+    meet = tmp_path / "meet3"
+    results = play("train", [first, third], meet, store=stores, micro=1, last=8, model=models)
+    for result in results:
+        assert result["begins"] == 6
+        assert result["rows"] == rows
+    assert joined(results) == expected[6:]

@@ -183,6 +183,23 @@ def _raise(*_: Any) -> None:
     raise StorageError("the disk is full")
 
 
+def run_agree(told: dict[str, Any]) -> dict[str, Any]:
+    """Open shares, under a configuration each rank has of its own, and push a NaN from rank 0."""
+    os.environ["TIERSTORE_TRAINING_NOT_FINITE"] = told["not_finite"]
+    try:
+        with sharded(told) as (training, own):
+            gradients = np.ones((4, DIM), np.float32)
+            if told["rank"] == 0:
+                gradients[1, 3] = np.nan
+            training.table("words").update(np.arange(4), gradients, step=1)
+            skipped = own._client.stats()["training_rows_not_finite"]
+            return {"rows": everything(training, "words"), "skipped": skipped}
+    except TierstoreError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        del os.environ["TIERSTORE_TRAINING_NOT_FINITE"]
+
+
 def run_absent(told: dict[str, Any]) -> dict[str, Any]:
     """Rank 1 does not come."""
     with sharded(told) as (training, _):
@@ -193,7 +210,8 @@ def run_absent(told: dict[str, Any]) -> dict[str, Any]:
         return {"told": [refused(lambda: table.lookup(np.arange(3))) for _ in range(2)]}
 
 
-SCENARIOS = {f.__name__.removeprefix("run_"): f for f in (run_train, run_parallel, run_refusals, run_absent)}
+RUNS = (run_train, run_parallel, run_refusals, run_agree, run_absent)
+SCENARIOS = {f.__name__.removeprefix("run_"): f for f in RUNS}
 
 
 def main() -> None:

@@ -12,9 +12,10 @@ from engram_client.spec import HashScheme
 from tests.support.training import push_of
 from tierstore.catalog import Catalog
 from tierstore.config import Training
+from tierstore.snapshots import StepRows
 from tierstore.training.recipe import layout_of, make_recipe
 from tierstore.training.store import TrainingStore
-from tierstore.updates import Initial, Snapshot, TrainedSpec
+from tierstore.updates import Initial, TrainedSpec
 
 DIM, LAYERS = 8, (1, 15)
 DEMO, PLAIN, ROUNDED = ("engram.layer1", "engram.layer15"), "words", "halves"
@@ -63,7 +64,7 @@ def made_store(folder: Path, steps: int = 3, **options: Any) -> Path:
     return folder
 
 
-def all_rows(rows: Snapshot, number: int) -> np.ndarray:
+def all_rows(rows: StepRows, number: int) -> np.ndarray:
     """uint8 [rows, row_bytes], read at once."""
     spec = rows.tables[number]
     out = np.empty((spec.rows, spec.row_bytes), np.uint8)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from tierstore.commands.pack_progress import progress_display
 from tierstore.commands.readable import readable_bytes
-from tierstore.commands.steps import add_step_arguments, step_rows
+from tierstore.commands.steps import SHARES, add_step_arguments, step_rows
 from tierstore.snapshots import export_step
 
-EPILOG = """\
+EPILOG = f"""\
 OUT/model.safetensors holds the weights under the model's own names, config.json what the Engram demo has
 there, layout.json all tables: `tierstore pack OUT DIR` reads the former, with `--model plain --layout
 OUT/layout.json` the latter. OUT appears when all of it is on the disk.
+{SHARES}
 """
 
 

@@ -10,15 +10,15 @@ from typing import Any
 
 from tierstore.commands.pack_progress import progress_display
 from tierstore.commands.readable import readable_bytes
-from tierstore.commands.steps import add_step_arguments, step_rows
+from tierstore.commands.steps import SHARES, add_step_arguments, step_rows
 from tierstore.snapshots import Published, publish_step
 from tierstore.snapshots.weights import DTYPES
 
-EPILOG = """\
+EPILOG = f"""\
 All tables become current together, when all of them are safe on disk. The generations they replace are kept:
 a daemon that serves STORE takes the new ones up on SIGHUP and answers for both while clients move over;
 `tierstore rollback STORE TABLE` and SIGHUP go back. Weights of float32 are the master copies, where rows have
-them.
+them. {SHARES}
 """
 
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from engram_client import connect
-from tierstore.snapshots import StepRows, described, open_step
+from engram_client.errors import BadRequest
+from tierstore.snapshots import Source, StepRows, described, open_storage, whole_step
+
+SHARES = "Shares of sharded training are put together: give the directories of all ranks as SOURCE."
 
 
 def add_step_arguments(parser: argparse.ArgumentParser, *, tables: bool) -> None:
     """The arguments whose values `step_rows` takes, and whether there is to be progress."""
     add = parser.add_argument
-    add("source", metavar="SOURCE",
-        help="directory of a training store that no process has open, or unix:PATH of a daemon that trains"
+    add("source", metavar="SOURCE", nargs="+",
+        help="directory of a training store that no process has open, or unix:PATH of a daemon that trains; "
+        "several: all shares of a sharded training")  # fmt: skip
+    add("--step", type=int, metavar="S",
+        help="a committed step that is kept (default: the last; of shares, the last that all keep)"
         )  # fmt: skip
-    add("--step", type=int, metavar="S", help="a committed step that is kept (default: the last)")
     if tables:
         add("--table", action="append", default=[], metavar="NAME",
             help="only this table; may be repeated (default: all)")  # fmt: skip
@@ -26,11 +31,28 @@ def add_step_arguments(parser: argparse.ArgumentParser, *, tables: bool) -> None
 
 
 @contextmanager
-def step_rows(args: argparse.Namespace) -> Iterator[StepRows]:
-    """The step that was asked for; closed at the end."""
-    if not args.source.startswith("unix:"):
-        with open_step(Path(args.source), args.step) as rows:
-            yield rows
-        return
-    with connect(args.source) as client, closing(client.training().open_step(args.step)) as opened:
-        yield described(opened)
+def step_rows(args: argparse.Namespace, *, lone_share: bool = False) -> Iterator[StepRows]:
+    """The step that was asked for, shares put together; closed at the end. See `whole_step`."""
+    _check_once(args.source)
+    with ExitStack() as stack:
+        sources = [_source(text, len(args.source), stack) for text in args.source]
+        yield stack.enter_context(whole_step(sources, args.step, lone_share=lone_share))
+
+
+def _check_once(texts: Sequence[str]) -> None:
+    seen: dict[str, str] = {}
+    for text in texts:
+        place = str(Path(text.removeprefix("unix:")).resolve())
+        if place in seen:
+            raise BadRequest(f"{seen[place]} and {text} are one place; give each share once")
+        seen[place] = text
+
+
+def _source(text: str, together: int, stack: ExitStack) -> Source:
+    if text.startswith("unix:"):
+        training = stack.enter_context(connect(text)).training()
+        partitions = {name: d.partition for name, d in training.tables().items()}
+        return Source(text, partitions, training.steps, lambda step: described(training.open_step(step)))
+    storage = stack.enter_context(open_storage(text, together))
+    partitions = {spec.name: spec.partition for spec in storage.tables}
+    return Source(text, partitions, storage.steps, storage.snapshot)

@@ -78,7 +78,11 @@ class TrainingService:
 
     async def commit(self, message: pb.CommitRequest, context: Any) -> pb.CommitResponse:
         deadline = _deadline_of(message, context)
-        await self._in_work(self._in_thread(lambda: self._store.commit(message.step, deadline.remaining_s())))
+        await self._in_work(
+            self._in_thread(
+                lambda: self._store.commit(message.step, deadline.remaining_s(), message.training)
+            )
+        )
         return pb.CommitResponse()
 
     async def wait_durable(self, message: pb.WaitDurableRequest, context: Any) -> pb.WaitDurableResponse:

@@ -5,19 +5,25 @@ this process, or of one that a daemon trains. So training goes on meanwhile, and
 some batches in memory.
 """
 
-from tierstore.snapshots.copying import Copied, copy_step
+from tierstore.snapshots.copying import Copied, copy_step, reshard_step
 from tierstore.snapshots.export import Exported, export_step
 from tierstore.snapshots.publish import Published, publish_step
-from tierstore.snapshots.rows import StepRows, described, open_step
+from tierstore.snapshots.rows import StepRows, described, open_step, open_storage
+from tierstore.snapshots.shares import Source, shares_of, whole_step
 
 __all__ = [
     "Copied",
     "Exported",
     "Published",
+    "Source",
     "StepRows",
     "copy_step",
     "described",
     "export_step",
     "open_step",
+    "open_storage",
     "publish_step",
+    "reshard_step",
+    "shares_of",
+    "whole_step",
 ]

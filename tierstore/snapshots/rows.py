@@ -17,6 +17,7 @@ from tierstore.updates import RowStorage, TrainedSpec
 
 FOLDER = "training"  # of a store directory
 BATCH_BYTES = 1 << 20  # of rows that are read at once: who trains meanwhile waits for no more
+BUFFER_BYTES_MIN = 64 << 10  # for pages
 KEEP_ALL_STEPS = 10_000  # reading a store drops no step
 
 
@@ -43,13 +44,19 @@ def open_step(directory: Path | str, step: int | None = None) -> Iterator[StepRo
     Raises FormatError where there is none, StoreLocked, which names the process that has it, BadRequest for a
     step that is not kept, DataCorrupt.
     """
-    config: Training = load_config(file=None, environ=os.environ, flags={}).config.training
-    config = structs.replace(config, keep_steps=KEEP_ALL_STEPS)
-    with (
-        RowStorage.open(Path(directory) / FOLDER, config, background=False) as storage,
-        storage.snapshot(step) as rows,
-    ):
+    with open_storage(directory) as storage, storage.snapshot(step) as rows:
         yield rows
+
+
+def open_storage(directory: Path | str, together: int = 1) -> RowStorage:
+    """The training store in `directory`, to read its steps; raises as `open_step`.
+
+    It is one of `together` that are open at once, in the memory of one.
+    """
+    config: Training = load_config(file=None, environ=os.environ, flags={}).config.training
+    buffer_bytes = max(BUFFER_BYTES_MIN, config.read_buffer_bytes // together)
+    config = structs.replace(config, keep_steps=KEEP_ALL_STEPS, read_buffer_bytes=buffer_bytes)
+    return RowStorage.open(Path(directory) / FOLDER, config, background=False)
 
 
 def described(opened: Any) -> StepRows:
@@ -72,7 +79,8 @@ def numbers_of(rows: StepRows, names: Sequence[str]) -> list[int]:
         if (part := spec.partition) is not None:
             raise BadRequest(
                 f"table {spec.name!r} is share {part.rank} of {part.world} of a larger one; a share alone "
-                "cannot be exported or published, a snapshot can be made of each"
+                "cannot be exported or published: give all of them to tierstore export or publish, or, while "
+                "training goes on, snapshots of all of them at one step"
             )
     return chosen
 

@@ -9,7 +9,6 @@ from anything but a rollback.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engram_client.agreement import check_training
 from engram_client.deadline import Deadline
 from engram_client.errors import (
     BadRequest,
@@ -32,6 +32,7 @@ from engram_client.spec import TableSpec
 from engram_client.transport.base import LookupRequest
 from engram_client.transport.training import TrainedDescription, UpdateRequest
 from tierstore.config import Training
+from tierstore.snapshots.state import TrainingState
 from tierstore.store.gate import Gate
 from tierstore.tiers.trained import TrainedArena
 from tierstore.training.counters import TrainingCounters
@@ -91,10 +92,11 @@ class TrainingStore:
 
     def _begin_history(self, state: bytes) -> None:
         """All tables as a commit had left them, under new generations."""
-        kept = json.loads(state)["tables"] if state else {}
+        found = TrainingState.decode(state)
+        self._training = found.training
         history = os.urandom(16)
         for table in self._tables.values():
-            table.restore(kept.get(table.trained.uuid))
+            table.restore(found.tables.get(table.trained.uuid))
             table.begin_history(history)
 
     def _warm_up(self) -> None:
@@ -109,7 +111,8 @@ class TrainingStore:
             self._reading.fill(table, none, np.zeros((0, table.part[1]), np.uint8), Deadline.after(None))
 
     def _state(self) -> bytes:
-        return json.dumps({"tables": {t.trained.uuid: t.progress() for t in self._tables.values()}}).encode()
+        kept = {t.trained.uuid: t.progress() for t in self._tables.values()}
+        return TrainingState(kept, self._training).encode()
 
     def tables(self) -> dict[str, TableSpec]:
         """What readers see: every table, its layout the weight alone."""
@@ -120,7 +123,8 @@ class TrainingStore:
         return name in self._tables
 
     def describe(self) -> list[TrainedDescription]:
-        return [table.describe(self._steps.committed) for table in self._tables.values()]
+        also = self.config.not_finite, self._training
+        return [table.describe(self._steps.committed, *also) for table in self._tables.values()]
 
     def table(self, name: str) -> TrainedTable:
         """Raises UnknownTable."""
@@ -270,12 +274,13 @@ class TrainingStore:
                 f"step"
             )
 
-    def commit(self, step: int, timeout_s: float | None = None) -> Commit:
+    def commit(self, step: int, timeout_s: float | None = None, training: str = "") -> Commit:
         """Close a step over all tables; returns once it is on its way, `wait` of the result once it is
         durable.
 
-        Committing the last committed step again, with no update since, is the same commit. Raises
-        StepConflict, StorageError, DeadlineExceeded.
+        Committing the last committed step again, with no update since, is the same commit. `training`, where
+        it is told, must be what earlier commits were told. Raises BadRequest, StepConflict, StorageError,
+        DeadlineExceeded.
         """
         deadline = Deadline.after(timeout_s)
         with self._gate, self._turn.taken(deadline, f"committing step {step}"):
@@ -283,6 +288,8 @@ class TrainingStore:
             if (repeated := self._steps.repeated(step)) is not None:
                 return repeated
             self._steps.check_commit(step, self._tables.values())
+            check_training([self._training], training or self._training, [str(self.directory)])
+            self._training = training or self._training
             for arena in self._arenas.values():
                 self._updater.write_back(arena, None, deadline, keep=0)
             commit = self._storage.commit(step, (), self._state(), deadline)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from typing import Any
 
@@ -117,8 +118,9 @@ class TrainedTable:
         self.updates = int(progress["updates"]) if progress else 0
         self.updated_step = progress["updated_step"] if progress else None
 
-    def describe(self, committed_step: int | None) -> TrainedDescription:
+    def describe(self, committed_step: int | None, not_finite: str, training: str) -> TrainedDescription:
         trained = self.trained
         return TrainedDescription(
-            self.spec, trained.optimizer, committed_step, self.updated_step, trained.partition
-        )
+            self.spec, trained.optimizer, committed_step, self.updated_step, trained.partition,
+            dataclasses.asdict(trained.initial), not_finite, training,
+        )  # fmt: skip

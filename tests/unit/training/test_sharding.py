@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from engram_client import connect
+from engram_client.agreement import check_equal, check_shares, common_step
 from engram_client.errors import BadRequest, FormatError, StepConflict
 from engram_client.partition import Partition
-from engram_client.training.agreement import check_equal, check_shares, common_step
 from engram_client.transport.training import TrainedDescription
 from engram_client.wire.training import description_from_message, description_to_message
 from tierstore.snapshots.rows import numbers_of, open_step
@@ -48,6 +48,7 @@ def test_a_share_begins_with_the_rows_of_the_whole_table(tmp_path: Path) -> None
             share = training.share("words")
             np.testing.assert_array_equal(share.lookup(np.arange(share.spec.rows)), expected[rank::3])
             described = share.description
+            assert described.initial == {"kind": "normal", "std": 0.5, "seed": 3}
             assert description_from_message(description_to_message(described)) == described
             check_shares({"words": described}, rank, 3)
             for other in ((rank, 4), ((rank + 1) % 3, 3)):
@@ -81,9 +82,9 @@ def test_shares_of_different_tables_are_told_apart() -> None:
     with pytest.raises(BadRequest, match=r"rank 1 has \{'rows': 8\}"):
         check_equal([{"words": {"rows": 9}}, {"words": {"rows": 8}}])
     with pytest.raises(BadRequest, match=r"'more'.* rank 0 has None"):
-        check_equal([{"words": 1}, {"words": 1, "more": 1}])
+        check_equal([{"words": {"rows": 1}}, {"words": {"rows": 1}, "more": {"rows": 1}}])
     with pytest.raises(BadRequest, match="another order"):
-        check_equal([{"a": 1, "b": 1}, {"b": 1, "a": 1}])
+        check_equal([{"a": {}, "b": {}}, {"b": {}, "a": {}}])
 
 
 def test_ranks_go_on_from_the_last_step_that_all_have() -> None:
