@@ -134,8 +134,8 @@ class Folding:
         return True
 
     def _due(self) -> bool:
-        if self._pauses or self.failure is not None:
-            return False
+        if self._working or self._pauses or self.failure is not None:
+            return False  # whoever works tells when a batch is done
         log_bytes = self._parts.log.end - self._parts.log.start
         wanted = self._active is not None or self._urgent or log_bytes >= self._fold_bytes
         return wanted and (self._active is not None or self._steps.fold_target() is not None)
