@@ -1,7 +1,8 @@
-"""Reading and writing large runs of pages past the page cache, with errors a user can act on."""
+"""Reading and writing large runs of pages, mostly past the page cache, with errors a user can act on."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import logging
@@ -16,6 +17,9 @@ from engram_client.errors import StorageError
 
 log = logging.getLogger(__name__)
 
+LIBC = ctypes.CDLL(None, use_errno=True)
+SYNC_FILE_RANGE_WRITE = 2
+NOT_OFFERED = (errno.ENOSYS, errno.EINVAL, errno.ESPIPE)  # by the kernel, or for this kind of file
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -88,6 +92,14 @@ def leave_direct(fd: int, path: Path) -> bool:
     fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
     _say_buffered(path)
     return True
+
+
+def begin_writing(fd: int, offset: int, count: int) -> None:
+    """Have the kernel begin to write what lies in the page cache of these bytes. Raises OSError."""
+    if LIBC.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(count), SYNC_FILE_RANGE_WRITE):
+        number = ctypes.get_errno()
+        if number not in NOT_OFFERED:
+            raise OSError(number, os.strerror(number))
 
 
 def write_error(path: Path, error: OSError, needed_bytes: int) -> StorageError:

@@ -194,9 +194,6 @@ class CrashingDisk(Disk):
     def open_to_read(self, path: Path) -> int:
         return self.open(path)
 
-    def open_direct(self, path: Path) -> int:
-        return self.open(path)
-
     def close(self, fd: int) -> None:
         self._open.pop(fd, None)
 
@@ -210,6 +207,9 @@ class CrashingDisk(Disk):
         file = self._file("write", fd)
         self._check_room(max(file.reserved, offset + data.size) - max(file.reserved, file.size))
         file.write(data, offset)
+
+    def write_out(self, fd: int, data: np.ndarray, offset: int) -> None:
+        self.write(fd, data, offset)
 
     def read(self, fd: int, into: np.ndarray, offset: int) -> int:
         found = self._file("read", fd).read(offset, into.size)

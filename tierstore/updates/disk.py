@@ -16,7 +16,7 @@ import numpy as np
 
 from tierstore.devices.base import PageRead
 from tierstore.devices.opening import open_reader
-from tierstore.format.direct import leave_direct, open_direct, sync_folder
+from tierstore.format.direct import begin_writing, sync_folder
 from tierstore.store.lock import acquire_lock
 from tierstore.updates.step_index import LmdbSteps, StepIndex
 
@@ -48,6 +48,7 @@ class RunReader(Protocol):
 
 CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP)
 WRITE_BYTES = 8 << 20  # of one system call, so that none holds a signal up for long
+WRITE_OUT_BYTES = 1 << 20  # the disk works on these while the next is copied
 
 
 class Disk:
@@ -70,10 +71,6 @@ class Disk:
                 raise
             copy_synced(source, target)
 
-    def open_direct(self, path: Path) -> int:
-        """As `open`, past the page cache where that can be: aligned memory, whole sectors."""
-        return open_direct(path, os.O_RDWR)
-
     def close(self, fd: int) -> None:
         os.close(fd)
 
@@ -84,13 +81,14 @@ class Disk:
         """All of `data`, uint8, at byte `offset`."""
         view, done = data.data, 0
         while done < len(view):
-            try:
-                done += os.pwrite(fd, view[done : done + WRITE_BYTES], offset + done)
-            except OSError as error:
-                if error.errno != errno.EINVAL or not leave_direct(
-                    fd, Path(os.readlink(f"/proc/self/fd/{fd}"))
-                ):
-                    raise
+            done += os.pwrite(fd, view[done : done + WRITE_BYTES], offset + done)
+
+    def write_out(self, fd: int, data: np.ndarray, offset: int) -> None:
+        """As `write`, and the disk begins with it at once; `sync` waits for what is left."""
+        for start in range(0, data.size, WRITE_OUT_BYTES):
+            part = data[start : start + WRITE_OUT_BYTES]
+            self.write(fd, part, offset + start)
+            begin_writing(fd, offset + start, part.size)
 
     def read(self, fd: int, into: np.ndarray, offset: int) -> int:
         """Fill `into`, uint8, from byte `offset`; fewer bytes only at the file's end."""

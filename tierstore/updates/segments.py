@@ -10,8 +10,9 @@
                4088    8  XXH64 of the 4088 bytes before, seed 0
     then     blocks (blocks.py): position p lies at byte 4096 + p - base
 
-Room for a segment is set aside when it is made, so a full disk shows there. A segment that an opening finds
-is never appended to again.
+Room for a segment is set aside when its file is made, so a full disk shows there. That is done ahead where it
+can be; the file has a name then but no first page, and an opening removes it, as it does after a crash. A
+segment that an opening finds is never appended to again.
 """
 
 from __future__ import annotations
@@ -45,7 +46,6 @@ class Segment:
     end: int  # position behind its last block
     path: Path
     fd: int
-    direct: int = -1  # to append by, past the page cache
     users: int = 0
     dropped: bool = False
 
@@ -62,6 +62,8 @@ class Segments:
         self._disk, self._uuid, self._segment_bytes, self._lock = disk, uuid, segment_bytes, lock
         self.all: list[Segment] = []
         self._tail: Segment | None = None  # what is appended to
+        self._spare: Segment | None = None  # made ahead, without its first page
+        self._unsynced: list[Segment] = []  # that were the tail
 
     def open_all(self) -> None:
         """Open what lies there; files without a whole first page were never part of the log."""
@@ -76,29 +78,32 @@ class Segments:
         self.all.sort(key=lambda segment: segment.number)
 
     def append(self, block: np.ndarray, position: int) -> Segment:
-        """Write a block, in page-aligned memory, behind all others; a new segment where it does not fit.
-
-        Raises OSError.
-        """
+        """Write a block behind all others; a new segment where it does not fit. Raises OSError."""
         tail = self._tail
         if tail is None or tail.offset(position) + block.size > self._segment_bytes:
-            self.sync()  # so that a commit has only the last one to sync
-            if tail:
-                self._disk.close(tail.direct)
-                tail.direct = -1
-            self._tail = None
-            tail = self._tail = self._make(position)
-        self._disk.write(tail.direct, block, tail.offset(position))
+            tail = self._begin(position)
+        self._disk.write_out(tail.fd, block, tail.offset(position))
         tail.end = position + block.size
         return tail
 
     def sync(self) -> None:
-        """Everything appended is on the disk once this returns."""
-        if self._tail:
-            try:
+        """Everything that was written is on the disk once this returns."""
+        try:
+            while self._unsynced:
+                self._disk.sync(self._unsynced[0].fd)
+                self._unsynced.pop(0)
+            if self._tail:
                 self._disk.sync(self._tail.fd)
-            except OSError as error:
-                raise SyncFailed(error.errno, error.strerror) from error
+        except OSError as error:
+            raise SyncFailed(error.errno, error.strerror) from error
+
+    def make_ahead(self) -> None:
+        """Make the next segment's file, if it will be wanted soon, so that no commit waits for that."""
+        tail = self._tail
+        if self._spare or tail is None or tail.offset(tail.end) < self._segment_bytes // 2:
+            return
+        with suppress(OSError):  # said when it is needed
+            self._spare = self._make()
 
     def pin(self, low: int, high: int) -> list[Segment]:
         """Keep the segments that hold positions in [low, high); the lock is held. Give them to `unpin`."""
@@ -142,35 +147,45 @@ class Segments:
         )
 
     def close(self) -> None:
-        for segment in self.all:
+        if self._spare:
+            with suppress(OSError):  # the next opening does it
+                self._disk.unlink(self._spare.path)
+        for segment in [*self.all, *([self._spare] if self._spare else [])]:
             self._disk.close(segment.fd)
-            if segment.direct >= 0:
-                self._disk.close(segment.direct)
-        self.all = []
+        self.all, self._spare, self._tail = [], None, None
 
-    def _make(self, base: int) -> Segment:
-        number = self.all[-1].number + 1 if self.all else 0
+    def _begin(self, base: int) -> Segment:
+        """Append to a new segment from here on. Its first page survives with the first commit's sync."""
+        self._spare = segment = self._spare or self._make()
+        segment.base = segment.end = base
+        fields = FIELDS.pack(MAGIC, VERSION, 0, self._uuid, segment.number, base)
+        payload = fields.ljust(ALIGN - 8, b"\0")
+        page = payload + checksum_of(payload).to_bytes(8, "little")
+        self._disk.write_out(segment.fd, np.frombuffer(page, np.uint8), 0)
+        if self._tail:
+            self._unsynced.append(self._tail)
+        self._tail, self._spare = segment, None
+        with self._lock:
+            self.all.append(segment)
+        return segment
+
+    def _make(self) -> Segment:
+        """A file with room and a name that survives, but nothing in it."""
+        with self._lock:
+            number = self.all[-1].number + 1 if self.all else 0
         path = self.folder / f"{number:08d}.seg"
         fd = self._disk.open(path, create=True)
         try:
             self._disk.truncate(fd, 0)  # what an attempt before this may have left
             self._disk.reserve(fd, self._segment_bytes)
-            fields = FIELDS.pack(MAGIC, VERSION, 0, self._uuid, number, base)
-            payload = fields.ljust(ALIGN - 8, b"\0")
-            page = payload + checksum_of(payload).to_bytes(8, "little")
-            self._disk.write(fd, np.frombuffer(page, np.uint8), 0)
             self._disk.sync(fd)
             self._disk.sync_folder(self.folder)
-            direct = self._disk.open_direct(path)
         except BaseException:
             self._disk.close(fd)
             with suppress(OSError):
                 self._disk.unlink(path)
             raise
-        segment = Segment(number, base, base, path, fd, direct)
-        with self._lock:
-            self.all.append(segment)
-        return segment
+        return Segment(number, 0, 0, path, fd)
 
     def _decode(self, fd: int, name: str) -> tuple[int, int] | None:
         page = np.zeros(ALIGN, np.uint8)

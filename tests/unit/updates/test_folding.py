@@ -60,7 +60,7 @@ def test_folded_rows_are_read_from_pages_and_the_log_shrinks(disk: CrashingDisk)
             assert storage.counters()["log_bytes"] < before / 3
             assert storage.steps() == [start + 6, start + 7]
             model.check(storage)
-        assert len(disk.names(IN_MEMORY / "log")) <= 3
+        assert len(disk.names(IN_MEMORY / "log")) <= 4  # one was made ahead
         assert storage.counters()["folds"] == 3
     with opened(disk) as storage:
         model.check(storage)
