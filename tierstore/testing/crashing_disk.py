@@ -191,7 +191,7 @@ class CrashingDisk(Disk):
         self._open[self._next_fd] = folder.names[path.name], path
         return self._next_fd
 
-    def open_to_read(self, path: Path) -> int:
+    def open_direct(self, path: Path) -> int:
         return self.open(path)
 
     def close(self, fd: int) -> None:
@@ -218,6 +218,9 @@ class CrashingDisk(Disk):
 
     def sync(self, fd: int) -> None:
         self._file("sync", fd).sync()
+
+    def forget(self, fd: int) -> None:
+        pass
 
     def sync_size(self, fd: int) -> None:
         self._file("sync", fd).sync()

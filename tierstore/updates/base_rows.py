@@ -18,6 +18,7 @@ from engram_client.deadline import Deadline
 from engram_client.errors import DataCorrupt, FormatError
 from engram_client.spec import TableSpec
 from tierstore.format.decode import bfloat16_of, check_decodable, weights_of
+from tierstore.format.direct import aligned_bytes
 from tierstore.format.geometry import PAGE_BYTES
 from tierstore.format.header import (
     Header,
@@ -66,7 +67,7 @@ class BaseRows:
         assert spec.initial.path is not None
         self.path, self._spec, self._disk = Path(spec.initial.path), spec, disk
         try:
-            self._fd = disk.open_to_read(self.path)
+            self._fd = disk.open_direct(self.path)
         except FileNotFoundError as error:
             raise FormatError(
                 f"{self.path} is missing: rows of table {spec.name!r} that were not trained are in it; link "
@@ -83,10 +84,10 @@ class BaseRows:
         self._batch_rows = max(1, BATCH_BYTES // (4 * spec.layout.embedding_dim))
 
     def _read_header(self) -> tuple[Header, TableSpec]:
-        page = np.zeros(PAGE_BYTES, np.uint8)
+        page = aligned_bytes(PAGE_BYTES)
         page = page[: self._disk.read(self._fd, page, 0)]
         header = decode_header(self.path, page.tobytes())
-        pages = np.zeros(description_pages(header.description_bytes) * PAGE_BYTES, np.uint8)
+        pages = aligned_bytes(description_pages(header.description_bytes) * PAGE_BYTES)
         if self._disk.read(self._fd, pages, PAGE_BYTES) < pages.size:
             raise FormatError(f"{self.path} is truncated: it ends inside its description")
         description = read_description(self.path, header, pages.tobytes())

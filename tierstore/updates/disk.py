@@ -16,7 +16,7 @@ import numpy as np
 
 from tierstore.devices.base import PageRead
 from tierstore.devices.opening import open_reader
-from tierstore.format.direct import begin_writing, sync_folder
+from tierstore.format.direct import begin_writing, open_direct, sync_folder
 from tierstore.store.lock import acquire_lock
 from tierstore.updates.step_index import LmdbSteps, StepIndex
 
@@ -58,9 +58,9 @@ class Disk:
         """A descriptor to read and write `path`."""
         return os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o644)
 
-    def open_to_read(self, path: Path) -> int:
-        """A descriptor of a file that is never written here."""
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def open_direct(self, path: Path) -> int:
+        """A descriptor to read `path` past the page cache, where that can be: aligned memory, whole pages."""
+        return open_direct(path, os.O_RDONLY)
 
     def bring(self, source: Path, target: Path) -> None:
         """Have a file that nobody changes under another name: linked, or copied and synced."""
@@ -102,6 +102,10 @@ class Disk:
 
     def sync(self, fd: int) -> None:
         os.fdatasync(fd)
+
+    def forget(self, fd: int) -> None:
+        """Leave what the page cache holds of a file, as far as it is synced, to others."""
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def sync_size(self, fd: int) -> None:
         """As `sync`, also where a file has become shorter, which fdatasync may leave for later."""

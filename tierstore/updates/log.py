@@ -239,7 +239,7 @@ class UpdateLog:
             self.changed.notify_all()
         if queued.kind == COMMIT:
             self.on_durable(committed)
-            self.segments.make_ahead()
+            self.segments.tidy()
         return True
 
     def _write(self, queued: Queued) -> Committed:

@@ -88,7 +88,7 @@ class LogRows:
         entries = np.empty(ids.size * self._stride, np.uint8)
         where = positions + segment.offset(0)
         pieces = spans(where, self._stride, np.arange(ids.size) * self._stride)
-        self._reader.read(segment.fd, segment.path, pieces, entries, deadline)
+        self._reader.read(segment.direct, segment.path, pieces, entries, deadline)
         starts, salts = view.starts, view.salts
         bad = first_bad_row(
             entries, self._row_bytes, self._stride, ids, positions, starts, salts, *self._words

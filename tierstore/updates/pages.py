@@ -70,7 +70,7 @@ class TablePages:
         self._initial = InitialRows(spec)
         self._rewriting = threading.Condition()
         self._rewrites = 0  # odd while pages are being rewritten
-        self.fd = -1
+        self.fd = self._direct = -1
 
     def create(self) -> None:
         """Write header and description; the rest is a hole."""
@@ -90,7 +90,7 @@ class TablePages:
     def open(self) -> None:
         """Raises FormatError where the file, or what the table began with, is not this table's."""
         self._initial.open(self._disk)
-        self.fd = self._disk.open(self.path)
+        self.fd, self._direct = self._disk.open(self.path), self._disk.open_direct(self.path)
         page = np.zeros(PAGE_BYTES, np.uint8)
         self._disk.read(self.fd, page, 0)
         header = decode_header(self.path, page.tobytes(), trained=True)
@@ -104,8 +104,9 @@ class TablePages:
 
     def close(self) -> None:
         self._initial.close()
-        if self.fd >= 0:
-            self._disk.close(self.fd)
+        for fd in (self.fd, self._direct):
+            if fd >= 0:
+                self._disk.close(fd)
 
     def read(
         self, reader: PieceReader, ids: np.ndarray, targets: np.ndarray, out: np.ndarray, deadline: Deadline
@@ -211,7 +212,7 @@ class TablePages:
         while True:
             before = self._settled(deadline)
             try:
-                reader.read(self.fd, self.path, pieces, out, deadline, check)
+                reader.read(self._direct, self.path, pieces, out, deadline, check)
                 return
             except PageWrong as wrong:
                 failed = failed + 1 if self._rewrites == before else 0

@@ -45,7 +45,8 @@ class Segment:
     base: int
     end: int  # position behind its last block
     path: Path
-    fd: int
+    fd: int  # to append by, and for recovery
+    direct: int  # to read rows by, past the page cache
     users: int = 0
     dropped: bool = False
 
@@ -63,7 +64,7 @@ class Segments:
         self.all: list[Segment] = []
         self._tail: Segment | None = None  # what is appended to
         self._spare: Segment | None = None  # made ahead, without its first page
-        self._unsynced: list[Segment] = []  # that were the tail
+        self._written: list[Segment] = []  # to since the last `tidy`, and the tail
 
     def open_all(self) -> None:
         """Open what lies there; files without a whole first page were never part of the log."""
@@ -72,7 +73,7 @@ class Segments:
             fd = self._disk.open(path)
             found = self._decode(fd, name)
             if found:
-                self.all.append(Segment(*found, found[1], path, fd))
+                self.all.append(Segment(*found, found[1], path, fd, self._disk.open_direct(path)))
             else:
                 self._disk.close(fd)
         self.all.sort(key=lambda segment: segment.number)
@@ -87,23 +88,27 @@ class Segments:
         return tail
 
     def sync(self) -> None:
-        """Everything that was written is on the disk once this returns."""
+        """Everything appended is on the disk once this returns."""
         try:
-            while self._unsynced:
-                self._disk.sync(self._unsynced[0].fd)
-                self._unsynced.pop(0)
-            if self._tail:
-                self._disk.sync(self._tail.fd)
+            for segment in self._written:
+                self._disk.sync(segment.fd)
         except OSError as error:
             raise SyncFailed(error.errno, error.strerror) from error
 
-    def make_ahead(self) -> None:
-        """Make the next segment's file, if it will be wanted soon, so that no commit waits for that."""
+    def tidy(self) -> None:
+        """After a sync, when nobody waits: give the page cache back, and make the next segment ahead."""
+        with self._lock:
+            synced = [s for s in self._written if not s.dropped]
+            for segment in synced:
+                segment.users += 1
+        for segment in synced:
+            self._disk.forget(segment.fd)
+        self.unpin(synced)
+        self._written = [s for s in synced if s is self._tail]
         tail = self._tail
-        if self._spare or tail is None or tail.offset(tail.end) < self._segment_bytes // 2:
-            return
-        with suppress(OSError):  # said when it is needed
-            self._spare = self._make()
+        if tail and not self._spare and tail.offset(tail.end) > self._segment_bytes // 2:
+            with suppress(OSError):  # told when it is needed
+                self._spare = self._make()
 
     def pin(self, low: int, high: int) -> list[Segment]:
         """Keep the segments that hold positions in [low, high); the lock is held. Give them to `unpin`."""
@@ -151,7 +156,7 @@ class Segments:
             with suppress(OSError):  # the next opening does it
                 self._disk.unlink(self._spare.path)
         for segment in [*self.all, *([self._spare] if self._spare else [])]:
-            self._disk.close(segment.fd)
+            self._close(segment)
         self.all, self._spare, self._tail = [], None, None
 
     def _begin(self, base: int) -> Segment:
@@ -162,8 +167,7 @@ class Segments:
         payload = fields.ljust(ALIGN - 8, b"\0")
         page = payload + checksum_of(payload).to_bytes(8, "little")
         self._disk.write_out(segment.fd, np.frombuffer(page, np.uint8), 0)
-        if self._tail:
-            self._unsynced.append(self._tail)
+        self._written.append(segment)
         self._tail, self._spare = segment, None
         with self._lock:
             self.all.append(segment)
@@ -180,12 +184,13 @@ class Segments:
             self._disk.reserve(fd, self._segment_bytes)
             self._disk.sync(fd)
             self._disk.sync_folder(self.folder)
+            direct = self._disk.open_direct(path)
         except BaseException:
             self._disk.close(fd)
             with suppress(OSError):
                 self._disk.unlink(path)
             raise
-        return Segment(number, 0, 0, path, fd)
+        return Segment(number, 0, 0, path, fd, direct)
 
     def _decode(self, fd: int, name: str) -> tuple[int, int] | None:
         page = np.zeros(ALIGN, np.uint8)
@@ -209,5 +214,9 @@ class Segments:
 
     def _close_if_done(self, segment: Segment) -> None:
         if segment.dropped and segment.users == 0 and segment.fd >= 0:
-            self._disk.close(segment.fd)
-            segment.fd = -1
+            self._close(segment)
+
+    def _close(self, segment: Segment) -> None:
+        self._disk.close(segment.fd)
+        self._disk.close(segment.direct)
+        segment.fd = segment.direct = -1
