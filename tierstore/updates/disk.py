@@ -47,6 +47,7 @@ class RunReader(Protocol):
 
 
 CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP)
+SECTOR_BYTES = 512
 WRITE_BYTES = 8 << 20  # of one system call, so that none holds a signal up for long
 WRITE_OUT_BYTES = 1 << 20  # the disk works on these while the next is copied
 
@@ -95,9 +96,9 @@ class Disk:
         view, done = into.data, 0
         while done < len(view):
             count = os.preadv(fd, [view[done:]], offset + done)
-            if count == 0:
-                break
             done += count
+            if count == 0 or done % SECTOR_BYTES:  # only a file's end gives a part of one
+                break
         return done
 
     def sync(self, fd: int) -> None:
