@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from typing import Any
 
@@ -122,5 +121,5 @@ class TrainedTable:
         trained = self.trained
         return TrainedDescription(
             self.spec, trained.optimizer, committed_step, self.updated_step, trained.partition,
-            dataclasses.asdict(trained.initial), not_finite, training,
+            trained.initial.described(), not_finite, training,
         )  # fmt: skip

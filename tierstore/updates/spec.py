@@ -43,6 +43,11 @@ class Initial:
         if not 0 <= self.seed < 2**63:
             raise BadRequest(f"seed of initial rows must lie in [0, 2^63), got {self.seed}")
 
+    def described(self) -> dict[str, Any]:
+        """What a trainer is told, and shares of one table agree on: not where this store keeps them."""
+        told = {"kind": self.kind, "std": self.std, "seed": self.seed}
+        return told | ({"generation": self.generation} if self.generation else {})
+
 
 def _new_uuid() -> str:
     return os.urandom(16).hex()
