@@ -102,7 +102,7 @@ def _check_same(shares: Sequence[StepRows], names: Sequence[str]) -> None:
                 what = next(key for key in mine.to_json() if mine.to_json()[key] != its.to_json()[key])
                 raise BadRequest(
                     f"shares are not of one table: {names[0]} has table {mine.name!r}, {name} {its.name!r} "
-                    f"with another {what}: {getattr(mine, what)!r} and {getattr(its, what)!r}"
+                    f"with another {what}: {getattr(mine, what)} and {getattr(its, what)}"
                 )
         if len(share.tables) != len(first):
             raise BadRequest(f"{names[0]} has {len(first)} tables, {name} has {len(share.tables)}")

@@ -43,6 +43,9 @@ class Initial:
         if not 0 <= self.seed < 2**63:
             raise BadRequest(f"seed of initial rows must lie in [0, 2^63), got {self.seed}")
 
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.described().items())
+
     def described(self) -> dict[str, Any]:
         """What a trainer is told, and shares of one table agree on: not where this store keeps them."""
         told = {"kind": self.kind, "std": self.std, "seed": self.seed}

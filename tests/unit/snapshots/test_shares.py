@@ -170,7 +170,7 @@ def test_shares_without_a_name_are_compared_by_what_they_are(
     assert run("export", ahead, str(tmp_path / "out"), "--step", "1") == 2
     told = capsys.readouterr().err
     assert "shares are not of one table: " in told
-    assert "another initial: Initial(kind='normal', std=0.5, seed=7) and Initial(" in told
+    assert "another initial: kind normal, std 0.5, seed 7 and kind normal, std 0.5, seed 8" in told
     fresh = create_shares(tmp_path / "c", 2)
     assert run("export", [shares[0], fresh[1]], str(tmp_path / "out")) == 2
     assert f"no step is kept by all ranks: {shares[0]} keeps [0, 1, 2, 3]; {fresh[1]} keeps []" in (
