@@ -15,7 +15,7 @@ from engram_client.prefetch import Prefetcher
 from engram_client.spec import TableSpec
 from engram_client.table import Table
 from engram_client.trained import Training
-from engram_client.transport.base import Transport
+from engram_client.transport.base import RESIZE_TIMEOUT_S, Transport
 from engram_client.transport.local import LocalTransport
 
 if TYPE_CHECKING:
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 SOCKET_PATH_BYTES_MAX = 107  # of sockaddr_un, without its final zero
 PREFETCH_THREADS = 4
+
+
+def _checked_bytes(budget_bytes: Any) -> int:
+    """A budget that can be told to a service, which says whether it can be had."""
+    if not isinstance(budget_bytes, int) or not 0 <= budget_bytes < 2**63:
+        raise BadRequest(f"a budget is a whole number of bytes >= 0, got {budget_bytes!r}")
+    return budget_bytes
 
 
 def connect(
@@ -140,7 +147,7 @@ class Client:
         Returns when records have moved and memory was given back. A daemon takes this over its unix socket
         only. Raises ConfigError for a budget it may not use, BadRequest over TCP.
         """
-        return self._transport.set_dram_budget(budget_bytes)
+        return self._transport.set_dram_budget(_checked_bytes(budget_bytes))
 
     def set_hbm_budget(self, budget_bytes: int) -> int:
         """Change what the service takes of device memory, in bytes, 0 for none; the budget then in force.
@@ -148,7 +155,17 @@ class Client:
         Its arena begins anew, empty, and is filled again in the background. Over a daemon's unix socket only.
         Raises ConfigError for a budget that cannot be had, BadRequest over TCP.
         """
-        return self._transport.set_hbm_budget(budget_bytes)
+        return self._transport.set_hbm_budget(_checked_bytes(budget_bytes))
+
+    def set_training_budget(self, budget_bytes: int, *, timeout: float | None = RESIZE_TIMEOUT_S) -> int:
+        """Change the DRAM budget of rows in training, in bytes, while they learn; the budget then in force.
+
+        Dirty rows are written back first, for which updates wait as for a commit; none is lost, and training
+        goes on as it would have, bit for bit. Over a daemon's unix socket only. Raises ConfigError for a
+        budget that is too small or may not be used, BadRequest where nothing is in training, StorageError,
+        Overloaded, DeadlineExceeded: the budget is what it was then.
+        """
+        return self._transport.set_training_budget(_checked_bytes(budget_bytes), timeout)
 
     def close(self) -> None:
         """Cancel what has not begun, wait for the rest, disconnect; idempotent."""

@@ -19,6 +19,8 @@ from engram_client.transport.training import TrainingTransport
 if TYPE_CHECKING:
     from engram_client.transport.attachment import View
 
+RESIZE_TIMEOUT_S = 600.0  # of a budget that changes: records are copied at some GB/s
+
 
 @dataclass(frozen=True)
 class LookupRequest:
@@ -137,6 +139,9 @@ class Transport(Protocol):
 
     def set_hbm_budget(self, budget_bytes: int) -> int:
         """As `set_dram_budget`, for the service's own arena in device memory; 0 for none."""
+
+    def set_training_budget(self, budget_bytes: int, timeout_s: float | None) -> int:
+        """As `set_dram_budget`, for rows in training; dirty ones are written back first."""
 
     def training(self) -> TrainingTransport:
         """Where updates of tables in training go. Raises FormatError, StoreLocked, BadRequest."""

@@ -31,7 +31,7 @@ from engram_client.errors import (
     Unavailable,
 )
 from engram_client.spec import TableSpec
-from engram_client.transport.base import LookupRequest, PendingRows
+from engram_client.transport.base import RESIZE_TIMEOUT_S, LookupRequest, PendingRows
 from engram_client.transport.grpc_training import SERVICE as TRAINING
 from engram_client.transport.grpc_training import GrpcTraining
 from engram_client.transport.landing import Landing
@@ -55,7 +55,6 @@ RECONNECT_S = 2.0
 BACKOFF_S = (0.01, 0.25)  # first and longest pause before trying again
 CONTROL_TIMEOUT_S = 10.0
 GRACE_S = 5.0
-RESIZE_TIMEOUT_S = 600.0  # records are copied at some GB/s
 
 OPTIONS = [
     ("grpc.max_receive_message_length", 64 << 20),
@@ -140,6 +139,14 @@ class GrpcTransport:
         if not reply.HasField("hbm_budget_bytes"):
             raise BadRequest("the daemon is older than its HBM tier; restart it with this release")
         return int(reply.hbm_budget_bytes)
+
+    def set_training_budget(self, budget_bytes: int, timeout_s: float | None) -> int:
+        message = pb.SetBudgetsRequest(training_dram_bytes=budget_bytes, timeout_s=timeout_s)
+        call_s = RESIZE_TIMEOUT_S if timeout_s is None else timeout_s + GRACE_S
+        reply = self._control(lambda calls: calls.set_budgets, message, call_s)
+        if not reply.HasField("training_dram_bytes"):
+            raise BadRequest("the daemon is older than this change of budgets; restart it with this release")
+        return int(reply.training_dram_bytes)
 
     def training(self) -> TrainingTransport:
         return GrpcTraining(self)

@@ -105,6 +105,12 @@ class LocalTransport:
         self._store.promotion.resize(budget_bytes)
         return int(self._store.stats()["hbm_budget_bytes"])
 
+    def set_training_budget(self, budget_bytes: int, timeout_s: float | None) -> int:
+        package: Any = importlib.import_module("tierstore.training")
+        training = self.training().store
+        package.change_training_budget(self._store, training, budget_bytes, timeout_s)
+        return int(training.stats()["training_dram_bytes"])
+
     def training(self) -> LocalTraining:
         """Opens the training store of the directory, which stays open until this client is closed."""
         with self._opening:

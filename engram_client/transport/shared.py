@@ -137,6 +137,9 @@ class SharedTransport:
     def set_hbm_budget(self, budget_bytes: int) -> int:
         return self._remote.set_hbm_budget(budget_bytes)
 
+    def set_training_budget(self, budget_bytes: int, timeout_s: float | None) -> int:
+        return self._remote.set_training_budget(budget_bytes, timeout_s)
+
     def lookup(self, request: LookupRequest, out: np.ndarray, timeout_s: float | None) -> None:
         attachment = self._attachment()
         if attachment is None:

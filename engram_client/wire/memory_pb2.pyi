@@ -146,20 +146,26 @@ class PrefetchResponse(_message.Message):
     def __init__(self, accepted: bool = ...) -> None: ...
 
 class SetBudgetsRequest(_message.Message):
-    __slots__ = ("dram_budget_bytes", "hbm_budget_bytes")
+    __slots__ = ("dram_budget_bytes", "hbm_budget_bytes", "training_dram_bytes", "timeout_s")
     DRAM_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     HBM_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_DRAM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     dram_budget_bytes: int
     hbm_budget_bytes: int
-    def __init__(self, dram_budget_bytes: _Optional[int] = ..., hbm_budget_bytes: _Optional[int] = ...) -> None: ...
+    training_dram_bytes: int
+    timeout_s: float
+    def __init__(self, dram_budget_bytes: _Optional[int] = ..., hbm_budget_bytes: _Optional[int] = ..., training_dram_bytes: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class SetBudgetsResponse(_message.Message):
-    __slots__ = ("dram_budget_bytes", "hbm_budget_bytes")
+    __slots__ = ("dram_budget_bytes", "hbm_budget_bytes", "training_dram_bytes")
     DRAM_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     HBM_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_DRAM_BYTES_FIELD_NUMBER: _ClassVar[int]
     dram_budget_bytes: int
     hbm_budget_bytes: int
-    def __init__(self, dram_budget_bytes: _Optional[int] = ..., hbm_budget_bytes: _Optional[int] = ...) -> None: ...
+    training_dram_bytes: int
+    def __init__(self, dram_budget_bytes: _Optional[int] = ..., hbm_budget_bytes: _Optional[int] = ..., training_dram_bytes: _Optional[int] = ...) -> None: ...
 
 class StatsRequest(_message.Message):
     __slots__ = ()

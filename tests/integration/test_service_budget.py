@@ -24,6 +24,8 @@ def budget_as_it_was(daemon: Daemon) -> Iterator[None]:
 
 def test_a_client_on_the_unix_socket_changes_it(daemon: Daemon) -> None:
     with connect(daemon.unix) as client:
+        with pytest.raises(errors.BadRequest, match="nothing is in training"):
+            client.set_training_budget(6 * MIB)
         assert client.set_dram_budget(6 * MIB) == 6 * MIB
         assert client.stats()["dram_bytes"] <= 6 * MIB
 

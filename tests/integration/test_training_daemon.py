@@ -117,6 +117,28 @@ def test_errors_arrive_as_they_are(alone: Daemon) -> None:
             training.table("more").update(*gradients(0, 0), step=200)
 
 
+def test_its_budget_changes_while_it_trains(alone: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["config", "--connect", alone.unix, "--json", "--set"]
+    capsys.readouterr()
+    assert main([*arguments, "training.dram_bytes=512KiB"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"training.dram_bytes": 512 << 10}
+    with connect(alone.unix) as client:
+        table = client.training().table("more")
+        step = (client.training().step() or 0) + 1
+        before = everything(client, "more")
+        table.update(np.arange(ROWS), np.ones((ROWS, DIM), np.float32), step=step, learning_rate=0.0)
+        assert client.set_training_budget(192 << 10, timeout=30) == 192 << 10
+        assert client.stats()["training_dram_bytes"] == 192 << 10
+        np.testing.assert_array_equal(everything(client, "more"), before)
+        refusals = [(8192, errors.ConfigError, "expected at least"), (1 << 50, errors.ConfigError, "memory"),
+                    (-1, errors.BadRequest, "whole number of bytes")]  # fmt: skip
+        for budget, error, told in refusals:
+            with pytest.raises(error, match=told):
+                client.set_training_budget(budget)
+        with connect(alone.tcp) as other, pytest.raises(errors.BadRequest, match="unix socket only"):
+            other.set_training_budget(1 << 20)
+
+
 def test_two_processes_train_together_as_one_does(tmp_path: Path) -> None:
     store = create(tmp_path)
     with daemon_of(store, training_world=2) as daemon, connect(daemon.unix, wait_s=60) as client:

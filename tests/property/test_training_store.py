@@ -1,5 +1,5 @@
-"""A training store against a plain array, through updates, commits, rollbacks and openings, with little
-DRAM."""
+"""A training store against a plain array, through updates, commits, rollbacks, openings and changes of its
+budget, with little DRAM."""
 
 from __future__ import annotations
 
@@ -62,7 +62,15 @@ def test_a_store_is_its_model(tmp_path: Path, seed: int) -> None:
     model = Model(store)
     step = 0
     for _ in range(60):
-        action = rng.choice(["update", "read", "commit", "rollback", "open"], p=[0.5, 0.3, 0.12, 0.04, 0.04])
+        actions = {
+            "update": 0.46,
+            "read": 0.3,
+            "commit": 0.12,
+            "resize": 0.04,
+            "rollback": 0.04,
+            "open": 0.04,
+        }
+        action = rng.choice([*actions], p=[*actions.values()])
         name = rng.choice([*ROWS])
         if action == "update":
             update(store, model, rng, name, step)
@@ -73,6 +81,8 @@ def test_a_store_is_its_model(tmp_path: Path, seed: int) -> None:
             store.commit(step, 30).wait(30)
             model.commit(step)
             step += 1
+        elif action == "resize":
+            store.set_dram_budget(int(rng.integers(SMALLEST // 2, 3 * SMALLEST)), 30)
         elif model.committed:
             last = max(model.committed)
             if action == "rollback":

@@ -12,7 +12,7 @@ from engram_client.errors import ConfigError
 from tierstore.config import LoadedConfig, add_config_arguments, config_from_arguments
 from tierstore.config.units import format_bytes
 
-LIVE_KEYS = ("dram.budget_bytes", "hbm.budget_bytes")
+LIVE_KEYS = ("dram.budget_bytes", "hbm.budget_bytes", "training.dram_bytes")
 EPILOG = """\
 Later layers win: defaults, the TOML file, the environment (TIERSTORE_DRAM_BUDGET_BYTES for
 dram.budget_bytes), flags. What --show prints is itself a complete configuration file.
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--connect",
         metavar="unix:PATH",
-        help="hand dram.budget_bytes or hbm.budget_bytes, given by --set, to a daemon that is serving",
+        help=f"hand {', '.join(LIVE_KEYS)}, given by --set, to a daemon that is serving",
     )
     add_config_arguments(parser)
 
@@ -55,12 +55,12 @@ def _change_budget(args: argparse.Namespace, loaded: LoadedConfig) -> None:
     if not given or not given <= set(LIVE_KEYS):
         named = ", ".join(sorted(given)) or "none"
         raise ConfigError(
-            f"--connect changes a daemon that is serving: expected --set {LIVE_KEYS[0]}=SIZE or --set "
-            f"{LIVE_KEYS[1]}=SIZE and nothing else, got keys: {named}; other keys wait for the next start"
+            f"--connect changes a daemon that is serving: expected --set of "
+            f"{', '.join(LIVE_KEYS)} and nothing else, got keys: {named}; other keys wait for the next start"
         )
     in_force = {}
     with connect(args.connect) as client:
-        changes = (client.set_dram_budget, client.set_hbm_budget)
+        changes = (client.set_dram_budget, client.set_hbm_budget, client.set_training_budget)
         for key, change in zip(LIVE_KEYS, changes, strict=True):
             if key in given:
                 in_force[key] = change(int(str(loaded.value(key))))

@@ -26,7 +26,7 @@ from engram_client.wire.framing import new_message
 from tierstore.rpc.handling import method, serialized
 from tierstore.store import Store
 from tierstore.store.table import Access
-from tierstore.training import TrainingStore
+from tierstore.training import TrainingStore, change_training_budget
 
 MESSAGE_BYTES_MAX = 16 << 20  # of a request: 2^20 ids and their envelope fit
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["MemoryService"].full_name
@@ -99,10 +99,23 @@ class MemoryService:
             await asyncio.to_thread(self._store.set_dram_budget, request.dram_budget_bytes)
         if request.HasField("hbm_budget_bytes"):
             await asyncio.to_thread(self._store.promotion.resize, request.hbm_budget_bytes)
+        if request.HasField("training_dram_bytes"):
+            timeout_s = request.timeout_s if request.HasField("timeout_s") else context.time_remaining()
+            where = (self._store, self._in_training())
+            await asyncio.to_thread(change_training_budget, *where, request.training_dram_bytes, timeout_s)
         stats = self._store.stats()
         return pb.SetBudgetsResponse(
-            dram_budget_bytes=stats["dram_budget_bytes"], hbm_budget_bytes=stats["hbm_budget_bytes"]
+            dram_budget_bytes=stats["dram_budget_bytes"],
+            hbm_budget_bytes=stats["hbm_budget_bytes"],
+            training_dram_bytes=self._training.stats()["training_dram_bytes"] if self._training else None,
         )
+
+    def _in_training(self) -> TrainingStore:
+        if self._training is None:
+            raise BadRequest(
+                "nothing is in training in this daemon; start it with --train where tables are to be trained"
+            )
+        return self._training
 
     async def lookup(self, message: pb.LookupRequest, context: Any) -> bytes:
         deadline = Deadline.after(context.time_remaining())

@@ -25,7 +25,7 @@ from engram_client.errors import (
 )
 from engram_client.spec import TableSpec
 from engram_client.transport.base import LookupRequest
-from tierstore.config import Config, Dram, check_config, memory_limit
+from tierstore.config import Config, check_config, memory_limit
 from tierstore.devices.base import PageReader
 from tierstore.devices.opening import open_reader
 from tierstore.store import hit_path
@@ -66,7 +66,7 @@ class Store:
 
     def __init__(self, directory: Path, config: Config, make_reader: MakeReader = configured_reader) -> None:
         self.directory = directory
-        self.config = config
+        self.config = config  # budgets as they are in force
         self.counters = Counters()
         self._tables = Tables(directory, config.nvme.direct)  # first: what is not a store gets no lock file
         self._lock_file = acquire_store_lock(directory)
@@ -349,9 +349,11 @@ class Store:
         budget the process may not use, or below what every record size needs.
         """
         with self._gate:
-            dram = Dram(budget_bytes=budget_bytes)
-            check_config(structs.replace(self.config, dram=dram), memory_limit())
+            dram = structs.replace(self.config.dram, budget_bytes=budget_bytes)
+            wanted = structs.replace(self.config, dram=dram)
+            check_config(wanted, memory_limit())
             self._dram.resize(budget_bytes)
+            self.config = structs.replace(self.config, dram=dram)
 
     def stats(self) -> dict[str, int]:
         """Counters since the store was opened, and the sizes of the tiers."""

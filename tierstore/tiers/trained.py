@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engram_client.arena.layout import WAYS, ArenaGeometry
+from engram_client.arena.layout import LINE_BYTES, WAYS, ArenaGeometry
 from engram_client.arena.read import read_records
 from tierstore.kernels import trained_arena as kernels
 from tierstore.kernels.trained_arena import DIRTY_MAX
-from tierstore.tiers.dram import Collapsing
+from tierstore.kernels.trained_move import list_rows
+from tierstore.tiers.dram import MOVED_BYTES, Collapsing
 from tierstore.tiers.region import Region
 from tierstore.tiers.turn_lock import TurnLock
 
@@ -38,22 +39,35 @@ class DirtyRows:
     next_start: int  # where to go on
 
 
+@dataclass(frozen=True)
+class Replaced:
+    """Memory with clean rows that an arena had until the moment `since`."""
+
+    region: Region
+    since: int
+
+
 class TrainedArena:
     """Rows of one size, of any table. `budget_bytes` bounds all its memory but one set."""
 
     def __init__(self, budget_bytes: int, row_bytes: int) -> None:
         self.row_bytes = row_bytes
+        self._moment = 0
+        self._writing = TurnLock()
+        self._collapsing = Collapsing()
+        self._lay_out(budget_bytes)
+
+    def _lay_out(self, budget_bytes: int) -> None:
+        """Memory of this size, with nothing in it."""
+        row_bytes = self.row_bytes
         rows_about = budget_bytes // (row_bytes + 16)
         stamps = min(STAMPS_MAX, max(STAMPS_MIN, 1 << (rows_about // 8).bit_length()))
         kept_bytes = STAMP_BYTES * stamps + SET_BYTES * (rows_about // WAYS + 1)
         self._region = Region(ArenaGeometry.within(max(0, budget_bytes - kept_bytes), row_bytes))
         self._dirty = np.zeros(self._region.geometry.sets, np.uint16)
-        self._stamps = np.zeros(stamps, np.int64)
-        self._moment = 0
+        self._stamps = np.full(stamps, self._moment)  # any row may have been marked clean just now
         self._all_sets = np.arange(self._region.geometry.sets)
-        self._writing = TurnLock()
         self._rows = 0
-        self._collapsing = Collapsing()
 
     @staticmethod
     def least_bytes(row_bytes: int) -> int:
@@ -81,6 +95,7 @@ class TrainedArena:
         self.admit_updated(ids, owner, rows, np.zeros(0, np.bool_))
         self.admit_read(ids, owner, rows, 0)
         self.mark_clean(self.copy_dirty(0, sets=self.sets_of(ids, owner)))
+        list_rows(self._region.index, 0, 0, ids)
 
     def dirty_rows(self) -> int:
         """How many rows the log does not have yet."""
@@ -90,7 +105,8 @@ class TrainedArena:
     def read(self, ids: np.ndarray, owner: int, part: tuple[int, int], out: int) -> tuple[np.ndarray, int]:
         """Copy a part of each row found to address `out`, zeros for -1: positions of the others, masked."""
         misses, counts = np.empty(ids.size, np.int64), np.zeros(2, np.int64)
-        missed = read_records(*self._region.places, ids, owner, 1, *part, out, misses, counts)
+        region = self._region  # kept while it is read, though it be replaced meanwhile
+        missed = read_records(*region.places, ids, owner, 1, *part, out, misses, counts)
         return misses[:missed], int(counts[0])
 
     def update(self, ids: np.ndarray, owner: int, apply: Apply) -> tuple[np.ndarray, np.ndarray]:
@@ -176,6 +192,44 @@ class TrainedArena:
             kernels.mark_clean(
                 copied.ways, copied.keys, copied.owners, self._dirty, self._stamps, self._moment
             )
+
+    def replace(self, budget_bytes: int) -> Replaced:
+        """Go on with empty memory of this size; what the old has is for `move_from`.
+
+        No row may be dirty, and none may become so meanwhile. Look-ups go on.
+        """
+        self._collapsing.stop()
+        with self._writing:
+            assert not self._dirty.any()
+            old = self._region
+            self._lay_out(budget_bytes)
+            return Replaced(old, self._moment)
+
+    def move_from(self, replaced: Replaced) -> int:
+        """Take in the rows that were there, as far as they fit; how many. Updates and look-ups go on.
+
+        A row counts as one that was read from the log when the memory was replaced: what was updated since
+        is newer, and stays. The old memory is given back as it empties.
+        """
+        old, moved = replaced.region, 0
+        set_bytes = WAYS * old.geometry.slot_bytes
+        step, places = max(1, MOVED_BYTES // set_bytes), (old.slots, old.geometry.slot_bytes, self.row_bytes)
+        for first in range(0, old.geometry.sets, step):
+            last = min(first + step, old.geometry.sets)
+            ways = np.empty((last - first) * WAYS, np.int64)
+            ways = ways[: list_rows(old.index, first, last, ways)]
+            keys, owners = np.empty(ways.size, np.int64), np.empty(ways.size, np.int64)
+            rows = np.empty((ways.size, self.row_bytes), np.uint8)
+            kernels.copy_ways(*places, ways, keys, owners, rows.ctypes.data)
+            for owner in np.unique(owners).tolist():
+                mine = owners == owner
+                _, counts = self.admit_read(keys[mine], owner, rows[mine], replaced.since)
+                moved += int(counts[kernels.ADMITTED])
+            empty = np.zeros(last - first, np.uint16)
+            kernels.forget_all(old.index + first * LINE_BYTES, last - first, empty)  # for who still reads it
+            old.free_slots_of(first, last - first)
+        old.free()
+        return moved
 
     def settle(self) -> None:
         """Wait until work in the background is done; for benchmarks."""

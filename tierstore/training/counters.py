@@ -17,6 +17,7 @@ NAMES = (
     "training_rows_admitted",  # into DRAM
     "training_rows_evicted",
     "training_rows_written_back",
+    "training_rows_moved",  # as the DRAM budget changed
     "training_commits",
     "training_rollbacks",
     "training_waits_us",  # time that updates and commits spent waiting for their turn, the log or the disk

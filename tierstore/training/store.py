@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from engram_client.agreement import check_training
 from engram_client.deadline import Deadline
 from engram_client.errors import (
     BadRequest,
-    ConfigError,
     GenerationMismatch,
     StepConflict,
     TierstoreError,
@@ -35,6 +33,7 @@ from tierstore.config import Training
 from tierstore.snapshots.state import TrainingState
 from tierstore.store.gate import Gate
 from tierstore.tiers.trained import TrainedArena
+from tierstore.training.arenas import Arenas
 from tierstore.training.counters import TrainingCounters
 from tierstore.training.gradients import not_finite, refusal, summed
 from tierstore.training.reading import Reading
@@ -64,9 +63,10 @@ class TrainingStore:
         self._reading = Reading(storage, config.staging_bytes, self.counters)
         self._unfinished: Update | None = None
         self._uncertain = self._going_back = False
-        self._arenas = _make_arenas(config.dram_bytes, storage.tables)
+        self._arenas = Arenas(config.dram_bytes, storage.tables)
+        self._resizing = Turn(self.counters, "another change of the budget")
         self._tables = {
-            spec.name: TrainedTable(spec, number, self._arenas[spec.row_bytes])
+            spec.name: TrainedTable(spec, number, self._arenas.of(spec.row_bytes))
             for number, spec in enumerate(storage.tables)
         }
         strict = self._trainers.world == 1 or self._trainers.together
@@ -136,7 +136,7 @@ class TrainingStore:
 
     def arenas(self) -> list[TrainedArena]:
         """Where rows are in DRAM."""
-        return list(self._arenas.values())
+        return list(self._arenas)
 
     # Reading.
 
@@ -290,7 +290,7 @@ class TrainingStore:
             self._steps.check_commit(step, self._tables.values())
             check_training([self._training], training or self._training, [str(self.directory)])
             self._training = training or self._training
-            for arena in self._arenas.values():
+            for arena in self._arenas:
                 self._updater.write_back(arena, None, deadline, keep=0)
             commit = self._storage.commit(step, (), self._state(), deadline)
             self._steps.note_commit(commit, step)
@@ -312,7 +312,7 @@ class TrainingStore:
             self._uncertain = self._going_back = True  # until all of it is done
             try:
                 state = self._storage.rollback(step, deadline)
-                for arena in self._arenas.values():
+                for arena in self._arenas:
                     arena.forget_all()
                 self._begin_history(state)
             finally:
@@ -322,6 +322,28 @@ class TrainingStore:
             self._trainers.reset(GenerationMismatch(f"the tables were rolled back to step {step} meanwhile"))
             self._uncertain = False
             self.counters.add(rollbacks=1)
+
+    def set_dram_budget(self, budget_bytes: int, timeout_s: float | None = None) -> None:
+        """Grow or shrink the DRAM of rows in training; returns when memory has followed.
+
+        Dirty rows are written back first, as a commit does, which updates wait for; rows then move while
+        training goes on, as far as they fit. Raises ConfigError for a budget below what every row size needs,
+        StorageError, Overloaded, DeadlineExceeded: the budget is what it was then, and no row is lost.
+        """
+        deadline = Deadline.after(timeout_s)
+        doing = f"changing the DRAM budget of training store {self.directory}"
+        with self._gate, self._resizing.taken(deadline, doing):
+            self._arenas.shares(budget_bytes)
+            with self._turn.taken(deadline, doing):
+                if self._uncertain:
+                    self._check_certain()
+                for arena in self._arenas:
+                    self._updater.write_back(arena, None, deadline, keep=0)
+                if self._unfinished:
+                    self._unfinished.forget_sets()
+                replaced = self._arenas.replace(budget_bytes)
+            for arena, old in replaced:
+                self.counters.add(rows_moved=arena.move_from(old))
 
     def wait_durable(self, step: int, timeout_s: float | None = None) -> None:
         """Return once `commit(step)` is on the disk. Raises StepConflict where there was none, and as
@@ -345,9 +367,9 @@ class TrainingStore:
 
     def stats(self) -> dict[str, int]:
         """Counters, and what is there now."""
-        arenas = self._arenas.values()
+        arenas = list(self._arenas)
         return self.counters.snapshot() | {
-            "training_dram_bytes": self.config.dram_bytes,
+            "training_dram_bytes": self._arenas.budget_bytes,
             "training_capacity_rows": sum(a.capacity_rows for a in arenas),
             "training_dirty_rows": sum(a.dirty_rows() for a in arenas),
         }
@@ -361,24 +383,5 @@ class TrainingStore:
         """Wait for whoever is inside and for commits on their way; what was not committed is gone."""
         if self._gate.close():
             self._trainers.reset(GenerationMismatch(f"training store {self.directory} was closed meanwhile"))
-            for arena in self._arenas.values():
-                arena.close()
+            self._arenas.close()
             self._storage.close()
-
-
-def _make_arenas(budget_bytes: int, specs: Sequence[TrainedSpec]) -> dict[int, TrainedArena]:
-    """One for each row size, the budget shared by the bytes of their tables. Raises ConfigError."""
-    sizes: Counter[int] = Counter()
-    for spec in specs:
-        sizes[spec.row_bytes] += spec.rows * spec.row_bytes
-    least = sum(TrainedArena.least_bytes(size) for size in sizes)
-    if budget_bytes < least:
-        raise ConfigError(
-            f"$.training.dram_bytes: expected at least {least} bytes for rows of "
-            f"{', '.join(map(str, sorted(sizes)))} bytes with their optimizer state, got {budget_bytes}"
-        )
-    spare, total = budget_bytes - least, sum(sizes.values())
-    return {
-        size: TrainedArena(TrainedArena.least_bytes(size) + spare * weight // total, size)
-        for size, weight in sizes.items()
-    }

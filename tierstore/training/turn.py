@@ -21,8 +21,9 @@ LONGEST_WAIT_S = threading.TIMEOUT_MAX
 class Turn:
     """Not reentrant."""
 
-    def __init__(self, counters: TrainingCounters) -> None:
+    def __init__(self, counters: TrainingCounters, others: str = "an update or commit") -> None:
         self._lock = threading.Lock()
+        self._others = others  # whom one waits for
         self._counters = counters
 
     @contextmanager
@@ -34,7 +35,7 @@ class Turn:
             got = self._lock.acquire(timeout=LONGEST_WAIT_S if left_s is None else left_s)
             self._counters.add(waits_us=(time.monotonic_ns() - before) // 1000)
             if not got:
-                raise deadline.exceeded(f"{doing}: an update or commit before it is not done")
+                raise deadline.exceeded(f"{doing}: {self._others} before it is not done")
         try:
             yield
         finally:

@@ -46,6 +46,11 @@ class Update:
         piece = self.piece
         return self.done > 0 or (piece is not None and not piece.todo.all())
 
+    def forget_sets(self) -> None:
+        """The arena has others now, and nothing in them is dirty."""
+        if self.piece is not None:
+            self.piece.sets = []
+
     def is_repeated_by(self, other: Update) -> bool:
         return (self.table, self.step, self.pushes) == (other.table, other.step, other.pushes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ from tests.support.training import (
     weights,
 )
 from tierstore.config import Training
+from tierstore.tiers.trained import Replaced, TrainedArena
 from tierstore.training.store import TrainingStore
 
 ROWS = 3000  # more than two pieces of an update
@@ -264,9 +266,73 @@ def test_masked_rows_are_zeros(store) -> None:
     assert rows[1].any()
 
 
+def test_a_budget_that_changes_loses_no_row(store) -> None:
+    """Grown it holds what it held, shrunk what fits; all of it right, at every size and when opened again."""
+    expected, capacity = weights(store, EVERYTHING), store.stats()["training_capacity_rows"]
+    for step, budget in enumerate([1 << 20, 64 << 10, TINY, 1 << 20]):
+        store.update(push_of(store, step, EVERYTHING, ones(ROWS)))
+        expected -= 1
+        misses = store.stats()["training_read_misses"]
+        store.set_dram_budget(budget, 30)
+        stats = store.stats()
+        assert stats["training_dirty_rows"] == 0 and stats["training_dram_bytes"] == budget
+        assert sum(arena.region.geometry.total_bytes for arena in store.arenas()) <= budget
+        np.testing.assert_array_equal(weights(store, EVERYTHING), expected)
+        found = ROWS - (store.stats()["training_read_misses"] - misses)
+        assert found >= min(capacity, stats["training_capacity_rows"], ROWS) // 2  # sets fill unevenly
+        capacity = stats["training_capacity_rows"]
+    store.commit(3).wait(30)
+    store.close()
+    again = open_store(store.directory)
+    np.testing.assert_array_equal(weights(again, EVERYTHING), expected)
+    again.close()
+
+
+def test_rows_that_are_trained_before_they_move_stay_as_they_are(
+    store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Updated, written back and dropped again while what they were still lies in the old memory."""
+    store.set_dram_budget(1 << 20)
+    expected = weights(store, EVERYTHING) - 1
+    move_from = TrainedArena.move_from
+
+    def late(arena: TrainedArena, replaced: Replaced) -> int:
+        store.update(push_of(store, 0, EVERYTHING, ones(ROWS)))
+        store.commit(0).wait(30)
+        np.testing.assert_array_equal(weights(store, EVERYTHING), expected)
+        return move_from(arena, replaced)
+
+    monkeypatch.setattr(TrainedArena, "move_from", late)
+    store.set_dram_budget(TINY)
+    assert store.stats()["training_rows_evicted"] > 0
+    np.testing.assert_array_equal(weights(store, EVERYTHING), expected)
+
+
+def test_a_budget_that_cannot_change_stays(store) -> None:
+    before = weights(store, EVERYTHING)
+    with pytest.raises(ConfigError, match=r"training\.dram_bytes: expected at least \d+ bytes .* got 100"):
+        store.set_dram_budget(100)
+    request = push_of(store, 0, EVERYTHING, ones(ROWS))
+    storage = failing(store)
+    storage.fail("spill", StorageError("the disk is full"), after=2)
+    with pytest.raises(StorageError, match="disk is full"):
+        store.update(request)
+    storage.fail("spill", DeadlineExceeded("the queue is full"))
+    with pytest.raises(DeadlineExceeded, match="queue is full"):
+        store.set_dram_budget(1 << 20, 30)
+    assert store.stats()["training_dram_bytes"] == TINY
+    refused = pytest.raises(DeadlineExceeded, match="changing the DRAM budget")
+    with store._turn.taken(store_deadline(), "a test"), refused:
+        store.set_dram_budget(1 << 20, 0.01)
+    store.set_dram_budget(48 << 10, 30)  # half an update waits for its rest, which does not mind
+    store.update(request)
+    np.testing.assert_array_equal(weights(store, EVERYTHING), before - 1)
+    store.commit(0).wait(30)
+
+
 def test_readers_see_rows_whole_and_never_go_back(tmp_path: Path) -> None:
     """All elements of a row rise together; while some rows are in DRAM, others in the log, others on the
-    way."""
+    way, and all of them move from one arena to the next."""
     rows, everything = 400, np.arange(400)
     spec = trained_spec(rows=rows)
     store = make_store(tmp_path, [spec], TINY)
@@ -286,7 +352,13 @@ def test_readers_see_rows_whole_and_never_go_back(tmp_path: Path) -> None:
             if (read[:, 0] < least).any():
                 problems.append(f"seed {seed}: a row older than an update that had returned")
 
+    def resize() -> None:
+        budgets = itertools.cycle([3 * TINY, TINY, 64 << 10, 2 * TINY])
+        while not done.is_set():
+            store.set_dram_budget(next(budgets), 30)
+
     readers = [threading.Thread(target=look, args=(seed,)) for seed in range(3)]
+    readers.append(threading.Thread(target=resize))
     for reader in readers:
         reader.start()
     rng = np.random.default_rng(99)
@@ -302,5 +374,6 @@ def test_readers_see_rows_whole_and_never_go_back(tmp_path: Path) -> None:
         for reader in readers:
             reader.join()
     assert not problems, problems[0]
-    assert store.stats()["training_rows_evicted"] > 0
+    stats = store.stats()
+    assert stats["training_rows_evicted"] > 0 and stats["training_rows_moved"] > 0
     store.close()
