@@ -115,7 +115,7 @@ def _check_same(shares: Sequence[StepRows], names: Sequence[str]) -> None:
 
 def _without_owner(spec: TrainedSpec) -> TrainedSpec:
     """What is the same for every share of a table."""
-    return replace(_whole(spec), uuid="")
+    return replace(_whole(spec), uuid="", initial=replace(spec.initial, path=None))
 
 
 def _progress(share: StepRows, state: TrainingState) -> list[object]:

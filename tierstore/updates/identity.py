@@ -57,9 +57,7 @@ def is_created(disk: Disk, folder: Path) -> bool:
 
 def write_identity(disk: Disk, folder: Path, identity: Identity) -> None:
     """Write it whole, under a name of its own, then rename: there is a store once this name is there."""
-    tables = [t.to_json() for t in identity.tables]
-    for table in tables:
-        table["initial"].pop("path")  # it lies in the store, wherever that is moved to
+    tables = [{**t.to_json(), "initial": t.initial.described()} for t in identity.tables]
     described = {"version": VERSION, "uuid": identity.uuid.hex(), "tables": tables}
     text = json.dumps(described, sort_keys=True)
     data = json.dumps({"store": described, "checksum": f"{checksum_of(text.encode()):016x}"}, sort_keys=True)

@@ -164,11 +164,13 @@ def test_shares_begin_with_their_rows(served: Path, tmp_path: Path) -> None:
     for rank in range(3):
         folder = tmp_path / str(rank)
         create_training(folder, [], optimizer="sgd", origin=Origin(served, (PLAIN,)), share=(rank, 3))
-        store = TrainingStore.open(folder, CONFIG)
-        store.commit(0, 30).wait(30)
-        store.close()
+        with connect(f"local:{folder}") as client:
+            client.training().commit(0)
         found = rows_of(folder).view(np.float32)
         assert np.array_equal(found, whole[rank::3])
+    shares = [str(tmp_path / str(rank)) for rank in range(3)]
+    assert main(["snapshot", *shares, str(tmp_path / "together"), "--quiet"]) == 0
+    assert np.array_equal(rows_of(tmp_path / "together").view(np.float32), whole)
 
 
 def test_tables_are_linked_or_else_copied(
