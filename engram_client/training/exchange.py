@@ -20,8 +20,10 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
 from typing import Any, TypeVar
@@ -70,6 +72,7 @@ class Exchange:
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
         self._swaps = 0
         self._broken: TierstoreError | None = None
+        self.counters: Counter[str] = Counter()  # see `ShardedTraining.stats`
         self.half_done: dict[int, bytes] = {}  # updates of tables applied here, and not yet on all ranks
         self._closed = False
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -130,6 +133,7 @@ class Exchange:
         if error is not None:
             parts = [np.frombuffer(f"{error.code}\n{error}".encode(), np.uint8)] * self.world
         self._swaps += 1
+        self.counters["sharded_exchanges"] += 1
         total = sum(part.size for part in parts)
         heads = np.empty((self.world, WORDS), np.int64)
         heads[:, : FAILED + 1] = self._swaps, kind, table, step, check, error is not None
@@ -148,6 +152,15 @@ class Exchange:
             raise BY_CODE.get(code, TierstoreError)(f"rank {rank}: {message}")
         return received, everything
 
+    @contextmanager
+    def timed(self, counter: str) -> Iterator[None]:
+        """Add what is done meanwhile to a counter of microseconds. In the exchange's thread."""
+        before = time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            self.counters[counter] += (time.perf_counter_ns() - before) // 1000
+
     def _check_same(self, mine: np.ndarray, told: np.ndarray) -> None:
         """A rank that is elsewhere is no rank to go on with."""
         for rank, head in enumerate(told):
@@ -163,9 +176,11 @@ class Exchange:
         given = torch.from_numpy(sent).to(self._device)
         taken = torch.empty(sum(wanted), dtype=given.dtype, device=self._device)
         started = time.monotonic()
+        self.counters["sharded_bytes_sent"] += given.element_size() * (given.numel() - sizes[self.rank])
         try:
-            dist.all_to_all_single(taken, given, wanted, sizes, group=self._group)
-            host: np.ndarray = taken.cpu().numpy()
+            with self.timed("sharded_exchange_us"):
+                dist.all_to_all_single(taken, given, wanted, sizes, group=self._group)
+                host: np.ndarray = taken.cpu().numpy()
         except RuntimeError as error:
             late = time.monotonic() - started >= 0.9 * self._timeout_s
             missing = self._missing()

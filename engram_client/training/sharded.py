@@ -186,6 +186,12 @@ class ShardedTraining:
         """The last step this rank has committed."""
         return self._training.step()
 
+    def stats(self) -> dict[str, int]:
+        """What this rank's exchange has done: times that all ranks met, bytes sent to others, microseconds in
+        exchanges (with waiting for others), look-ups and updates of this share. Not collective."""
+        names = ("exchanges", "bytes_sent", "exchange_us", "lookup_us", "update_us")
+        return {name: self._exchange.counters[name] for name in (f"sharded_{n}" for n in names)}
+
     def close(self) -> None:
         """End the exchange, on all ranks. The client stays."""
         self._exchange.close()

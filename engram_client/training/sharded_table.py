@@ -107,7 +107,8 @@ class ShardedTable:
     def _answers(self, asked: list[np.ndarray], timeout: float | None) -> list[np.ndarray]:
         """Rows of this share for every rank, as bytes."""
         places = [part.view(np.int64) for part in asked]
-        rows = np.asarray(self._share.lookup(np.concatenate(places), timeout=timeout))
+        with self._exchange.timed("sharded_lookup_us"):
+            rows = np.asarray(self._share.lookup(np.concatenate(places), timeout=timeout))
         return [part.reshape(-1) for part in np.split(rows, np.cumsum([p.size for p in places])[:-1])]
 
     def update(
@@ -186,7 +187,8 @@ class ShardedTable:
 
     def _apply(self, ids: np.ndarray, sums: np.ndarray, digest: bytes, *, step: int, **options: Any) -> None:
         if self._number not in self._exchange.half_done:
-            self._share.update(ids, sums, step=step, **options)
+            with self._exchange.timed("sharded_update_us"):
+                self._share.update(ids, sums, step=step, **options)
             self._exchange.half_done[self._number] = digest
 
 
