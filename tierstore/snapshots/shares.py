@@ -14,7 +14,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -99,7 +99,7 @@ def _check_same(shares: Sequence[StepRows], names: Sequence[str]) -> None:
     for share, state, name in zip(shares, states, names, strict=True):
         for mine, its in zip(first, map(_without_owner, share.tables), strict=False):
             if mine != its:
-                what = next(key for key in mine.to_json() if mine.to_json()[key] != its.to_json()[key])
+                what = next(f.name for f in fields(mine) if getattr(mine, f.name) != getattr(its, f.name))
                 raise BadRequest(
                     f"shares are not of one table: {names[0]} has table {mine.name!r}, {name} {its.name!r} "
                     f"with another {what}: {getattr(mine, what)} and {getattr(its, what)}"

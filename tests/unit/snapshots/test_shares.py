@@ -90,6 +90,31 @@ def test_what_is_published_is_served(shares: list[Path], tmp_path: Path) -> None
     assert np.array_equal(found, expected[:, :row_bytes])
 
 
+def test_shares_that_begin_with_a_packed_table(shares: list[Path], tmp_path: Path) -> None:
+    """Each share has the whole generation; whole tables and other shares begin with it again."""
+    served = tmp_path / "served"
+    assert run("publish", shares, str(served), "--dtype", "float32") == 0
+    recipe = ("--from", str(served), "--optimizer", "adam", "--learning-rate", "0.05", "--dtype", "bfloat16")
+    folders = [tmp_path / f"share{rank}" for rank in range(2)]
+    for rank, folder in enumerate(folders):
+        assert run("create", [folder], *recipe, "--share", f"{rank}/2") == 0
+    assert run("create", [tmp_path / "alone"], *recipe) == 0
+    with closing(TrainingStore.open(tmp_path / "alone", CONFIG)) as store:
+        train_part(store, range(2))
+    train_shares(folders, range(1), name_of(folders))
+    assert run("reshard", folders, "--world", "3", "--out", str(tmp_path / "anew")) == 0
+    anew = [tmp_path / "anew" / str(rank) for rank in range(3)]
+    train_shares(anew, range(1, 2), name_of(anew))
+    assert run("snapshot", anew, str(tmp_path / "whole")) == 0
+    with (
+        open_step(tmp_path / "alone") as kept,
+        joined(anew) as together,
+        open_step(tmp_path / "whole") as one,
+    ):
+        assert together.tables[0].initial.kind == one.tables[0].initial.kind == "packed"
+        assert everything(kept) == everything(together) == everything(one)
+
+
 def test_training_goes_on_from_one_store_and_from_any_number_of_shares(
     shares: list[Path], tmp_path: Path
 ) -> None:
