@@ -4,7 +4,7 @@
 #   make test    lint, then every test
 #   make crash   a thousand power cuts on a simulated disk, sixty processes killed while they train
 #   make lint    ruff and mypy
-#   make bench   the committed benchmark records, anew (about an hour)
+#   make bench   the committed benchmark records, anew (an hour and a half)
 #   make bench-gpu   those that need a GPU, in two calls of at most ten minutes: BENCH_ARGS='--part 1', then 2
 #   make proto   the protobuf stub, after a change in proto/
 #   make clean   remove everything that these targets made

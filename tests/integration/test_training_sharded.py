@@ -171,6 +171,20 @@ def test_ranks_begin_with_one_seed_and_one_way_with_gradients_that_are_not_finit
         assert "not of one training: rank 0, rank 1 learned with other shares" in result["error"]
 
 
+def test_the_benchmark_trains_the_same_rows_with_ranks_and_alone(
+    processes: list[Process], tmp_path: Path
+) -> None:
+    folders = [tmp_path / "ranks", tmp_path / "alone"]
+    told = play("bench", processes[:2], tmp_path / "meet0", folder=str(folders[0]))
+    told += play("bench", processes[:1], tmp_path / "meet1", folder=str(folders[1]))
+    for rank in told[:2]:
+        assert rank["sharded_exchanges"] == 5  # two of a look-up, three of an update
+        assert rank["sharded_bytes_sent"] > 10 * DIM * 4
+    assert all(0 < one["sharded_update_us"] + one["sharded_lookup_us"] < one["step_us"] for one in told)
+    for rank in range(2):
+        np.testing.assert_allclose(told[rank]["rows"], told[2]["rows"][rank::2], rtol=1e-5)
+
+
 def test_a_rank_that_does_not_come_is_named(processes: list[Process], tmp_path: Path) -> None:
     stores = [str(folder) for folder in shares(tmp_path, 2)]
     start("absent", processes[:2], tmp_path / "meet", store=stores, timeout=1)

@@ -10,12 +10,14 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from tierbench.ranks import TABLE, Workload, trainer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -200,6 +202,17 @@ def run_agree(told: dict[str, Any]) -> dict[str, Any]:
         del os.environ["TIERSTORE_TRAINING_NOT_FINITE"]
 
 
+def run_bench(told: dict[str, Any]) -> dict[str, Any]:
+    """What `tierbench train-sharded` has a rank do; then the rows that came of it."""
+    work = Workload(ROWS, DIM, 60, 1 << 20, 0)
+    with ExitStack() as stack:
+        folder = Path(told["folder"])
+        train = trainer(folder, work, told["rank"], told["world"], stack)
+        found: dict[str, Any] = train(0, 2) | train(2, 2)
+        own = stack.enter_context(connect(f"local:{folder / str(told['rank'])}")).training().share(TABLE)
+        return {**found, "rows": own.lookup(np.arange(own.spec.rows)).view(np.float32).tolist()}
+
+
 def run_absent(told: dict[str, Any]) -> dict[str, Any]:
     """Rank 1 does not come."""
     with sharded(told) as (training, _):
@@ -210,7 +223,7 @@ def run_absent(told: dict[str, Any]) -> dict[str, Any]:
         return {"told": [refused(lambda: table.lookup(np.arange(3))) for _ in range(2)]}
 
 
-RUNS = (run_train, run_parallel, run_refusals, run_agree, run_absent)
+RUNS = (run_train, run_parallel, run_refusals, run_agree, run_bench, run_absent)
 SCENARIOS = {f.__name__.removeprefix("run_"): f for f in RUNS}
 
 

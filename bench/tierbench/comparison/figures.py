@@ -36,11 +36,14 @@ NAMES_LESS = (
     "overhead",
     "miss",
     "error",
+    "longest",
+    "beyond",
 )
-NAMES_MORE = ("hit_rate", "achieved", "saturation")
+NAMES_MORE = ("hit_rate", "achieved", "saturation", "saved")
+SELDOM = ("miss", "beyond")  # rates of what should not be
 TIMES = ("_over_", "_to_", "over_resident", "busy")  # comparisons of times, in which less is better
-IDENTITY = ("name", "kind", "hidden", "batch", "length", "threads", "hbm_bytes", "dram_bytes", "extent_bytes",
-            "offered_per_s", "trace", "policy", "arrangement")  # fmt: skip
+IDENTITY = ("name", "kind", "table_rows", "hidden", "batch", "length", "threads", "hbm_bytes",
+            "dram_bytes", "extent_bytes", "offered_per_s", "trace", "policy", "arrangement")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,9 @@ def direction(place: str) -> str:
     """Whether more or less is better, by the names on the way to a figure, the last first."""
     for name in reversed(place.split(".")):
         bare = name.partition("[")[0]
-        if "miss" not in bare and (bare.endswith("_per_s") or any(word in bare for word in NAMES_MORE)):
+        if not any(word in bare for word in SELDOM) and (
+            bare.endswith("_per_s") or any(word in bare for word in NAMES_MORE)
+        ):
             return "more"
         if bare.endswith(UNITS_LESS) or any(word in bare for word in NAMES_LESS):
             return "less"

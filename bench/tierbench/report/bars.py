@@ -33,6 +33,18 @@ def cores(value: float) -> str:
     return f"{three_digits(value)}{NBSP}cores"
 
 
+def millions(value: float) -> str:
+    return f"{three_digits(value / 1e6)}{NBSP}M"
+
+
+def milliseconds(value: float) -> str:
+    return time_us(1e3 * value)
+
+
+def nats(value: float) -> str:
+    return f"{three_digits(value)}{NBSP}nats"
+
+
 @dataclass(frozen=True)
 class Bar:
     """`place` is the figure's in results; `bound` in its unit; `sign` is ">=" or "<="."""
@@ -119,7 +131,24 @@ def _other_bars() -> Iterable[Bar]:
                   "<=", 0.08, percent, False, _arena(part), of_payload)  # fmt: skip
 
 
-BARS: tuple[Bar, ...] = (*_cold_bars(), *_lookup_bars(), *_other_bars())
+def _training_bars() -> Iterable[Bar]:
+    group, update = "Training", ("adam", "kernel_beside_torch", "ratio_median")
+    yield Bar(group, "updated rows a second, Adam, one core", "optimizer",
+              ("adam", "kernel", "p50"), ">=", 2e6, millions)  # fmt: skip
+    yield Bar(group, "Adam beside torch.optim.SparseAdam", "optimizer", update, ">=", 1.0, share, True)
+    yield Bar(group, "a durable commit beside the fastest way to write as many bytes", "commit",
+              ("durable", "ratio_median"), ">=", 0.67, share, True)  # fmt: skip
+    yield Bar(group, "small model, a tenth in DRAM, beside a resident table", "train-rate",
+              ("store_beside_resident", "ratio_median"), ">=", 0.9, share, True)  # fmt: skip
+    yield Bar(group, "its steps beside a commit", "train-rate",
+              ("steps_beside_commits", "ratio_median"), ">=", 0.9, share, True)  # fmt: skip
+    yield Bar(group, "longest look-up while a generation is published", "publish",
+              ("longest_ms",), "<=", 100.0, milliseconds)  # fmt: skip
+    yield Bar(group, "validation loss that a table saves, mean of seeds", "learn",
+              ("loss_saved",), ">=", 0.0, nats)  # fmt: skip
+
+
+BARS: tuple[Bar, ...] = (*_cold_bars(), *_lookup_bars(), *_other_bars(), *_training_bars())
 
 
 OLD_NAMES = {"remote": "serve"}  # until 2026-11-29 the closed loop over gRPC was called serve

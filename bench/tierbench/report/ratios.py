@@ -79,6 +79,30 @@ def _overlap(node: Node, source: str) -> Iterator[Ratio]:
         yield from _ratio(found, label, "the table resident", source, 1.03, larger=False)
 
 
+def _optimizer(node: Node, source: str) -> Iterator[Ratio]:
+    for name, found in node.members():
+        for what, words in (("kernel", "rows in DRAM"), ("store", "all of an update")):
+            bar = 1.0 if (name, what) == ("adam", "kernel") else None
+            label = f"{name.replace('_', ' ')}, {words}"
+            yield from _ratio(found.at(f"{what}_beside_torch"), label, "torch, resident", source, bar)
+
+
+def _commit(node: Node, source: str) -> Iterator[Ratio]:
+    yield from _ratio(node.at("durable"), "durable commit", "writing as many bytes", source, 0.67)
+
+
+def _train_rate(node: Node, source: str) -> Iterator[Ratio]:
+    resident = node.at("store_beside_resident")
+    yield from _ratio(resident, "training, a tenth in DRAM", "the table resident", source, 0.9)
+    beside = node.at("steps_beside_commits")
+    yield from _ratio(beside, "training beside a commit", "training", source, 0.9)
+
+
+def _sharded(node: Node, source: str) -> Iterator[Ratio]:
+    found = node.at("ranks_beside_one_process")
+    yield from _ratio(found, "ranks with a share each", "one process, no model", source)
+
+
 def _gpu(node: Node, source: str) -> Iterator[Ratio]:
     """Every comparison in a GPU section's results, wherever it stands; on a CPU they say nothing."""
     if node.text("device", "type") in (None, "cpu"):
@@ -124,6 +148,7 @@ def _cold_peers(node: Node, source: str) -> Iterator[Ratio]:
 PATHS: tuple[tuple[str, Source], ...] = (
     ("lookup", _lookup), ("shm", _shm), ("cold", _cold), ("remote", _remote),
     ("mixed", _mixed), ("extent", _extent), ("overlap", _overlap),
+    ("optimizer", _optimizer), ("commit", _commit), ("train-rate", _train_rate), ("train-sharded", _sharded),
 )  # fmt: skip
 PEERS: tuple[tuple[str, Source], ...] = (
     ("remote", _peers),

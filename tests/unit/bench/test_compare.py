@@ -76,6 +76,16 @@ def test_a_real_change_is_found_and_has_a_direction(tmp_path: Path) -> None:
     assert found["rows_per_s.ours"] == BESIDE  # its yardstick tells whether it was the machine
 
 
+def test_each_model_of_a_list_is_compared_with_itself(tmp_path: Path) -> None:
+    sizes = [
+        {"kind": "tierstore", "table_rows": rows, "tokens_per_s": rate}
+        for rows, rate in ((9, 5.0), (99, 7.0))
+    ]
+    record = loaded(tmp_path, "a.json", {"models": sizes})
+    found = verdicts(record, loaded(tmp_path, "b.json", {"models": sizes[::-1]}))
+    assert found == {f"models[kind=tierstore, table_rows={rows}].tokens_per_s": WITHIN for rows in (9, 99)}
+
+
 def test_a_faster_machine_is_no_change_of_ours(tmp_path: Path) -> None:
     ours, yardstick = noisy(1, 1e6, 0.05), noisy(2, 1e6, 0.05)
     first = {"rows_per_s": compare(ours, yardstick)}
@@ -198,6 +208,8 @@ def test_no_shape_of_results_ends_in_a_traceback(tmp_path: Path, value: Any) -> 
 @pytest.mark.parametrize(
     ("place", "better"),
     [("a.rows_per_s", "more"), ("a.took_us.p50", "less"), ("budgets[dram_bytes=5].hit_rate", "more"),
+     ("phases.publish.calls_beyond_bar_per_s", "less"), ("longest_ms_that_waited", "less"),
+     ("loss_saved", "more"), ("step_parts.ranks.exchange_us", "less"),
      ("reads_per_seen_record", "less"), ("x.cores", "less"), ("threads", ""), ("file_bytes", "")],
 )  # fmt: skip
 def test_directions(place: str, better: str) -> None:

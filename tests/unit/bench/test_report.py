@@ -63,10 +63,31 @@ def test_no_tag_of_a_figure_hides_its_numbers(tmp_path: Path) -> None:
 def test_what_is_missing_says_which_command_makes_it(tmp_path: Path) -> None:
     written(tmp_path, record_of("pack", {"rows": 1}))
     page = sound(report(tmp_path, tmp_path))
-    for name in ("cold", "lookup", "shm", "remote", "serve", "overlap", "hitrate", "plan"):
+    served = ("cold", "lookup", "shm", "remote", "serve", "overlap", "hitrate", "plan")
+    trained = ("optimizer", "commit", "publish", "learn", "train-rate", "train-sharded")
+    for name in served + trained:
         assert f"tierbench {name}" in page.text, name
     assert "make bench-gpu" in page.text
     assert "✓" not in page.text and "✗" not in page.text
+
+
+def test_records_of_training_are_judged_and_drawn(tmp_path: Path) -> None:
+    def ratio(median: float) -> dict[str, float]:
+        return {"ratio_median": median, "ratio_min": median - 0.1, "ratio_max": median + 0.1}
+
+    figures: dict[str, dict[str, Any]] = {
+        "optimizer": {"adam": {"kernel": {"p50": 3.25e6}, "kernel_beside_torch": ratio(5.0)}},
+        "commit": {"durable": {**ratio(0.43), "yardstick_name": "a plain write"}},
+        "train-rate": {"store_beside_resident": ratio(0.95), "steps_beside_commits": ratio(0.81)},
+        "publish": {"longest_ms": 36.5}, "learn": {"loss_saved": 0.75},
+        "train-sharded": {"ranks_beside_one_process": ratio(0.71)},
+    }  # fmt: skip
+    for name, results in figures.items():
+        written(tmp_path, record_of(name, results), f"{name}.json")
+    page = sound(report(tmp_path, tmp_path))
+    for words in ("3.25 M", "36.5 ms", "0.75 nats", "a plain write", "one process, no model", "0.71"):
+        assert words.replace(" ", NBSP) in page.text or words in page.text, words
+    assert page.text.count("✗ missed") == 2 * 2  # of a commit, and beside one: bars and ratios
 
 
 def cold(ratio: float, **changes: Any) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from engram_client.errors import BadRequest
 from tierbench.alternate import alternate
 from tierbench.delivery import Grid, add_common_arguments, deliver, rate_row
 from tierbench.options import byte_size, count
+from tierbench.ranks import Trainers, Workload
 from tierbench.record import compare, summarize
-from tierbench.sharding import Trainers, Workload
 
 PARTS = ("exchange", "lookup", "update", "rest", "step")
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         )
     work = Workload(args.rows, args.dim, args.batch, args.dram_bytes, args.seed)
     args.dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="sharded-", dir=args.dir) as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="train-sharded-", dir=args.dir) as folder, ExitStack() as stack:
         place = Path(folder).resolve()
         ranks = stack.enter_context(Trainers(place / "ranks", work, args.world))
         alone = stack.enter_context(Trainers(place / "alone", work, 1))
@@ -59,9 +59,9 @@ def run(args: argparse.Namespace) -> int:
         "bytes_sent_per_step": windows["ranks"][-1].get("sharded_bytes_sent", 0.0),
     }
     rate = rate_row(f"{args.world} ranks, beside 1 process", results["ranks_beside_one_process"])
-    first = Grid("tierbench sharded", ("", "ranks", "one process", "ratio", "spread", "bar"), [rate])
+    first = Grid("tierbench train-sharded", ("", "ranks", "one process", "ratio", "spread", "bar"), [rate])
     parts = Grid("one step, median of windows", ("", *PARTS), _lines(results["step_parts"]))
-    return deliver("sharded", args, results, grids=(first, parts))
+    return deliver("train-sharded", args, results, grids=(first, parts))
 
 
 def _parts(windows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
