@@ -151,7 +151,7 @@ def test_ranks_begin_with_one_seed_and_one_way_with_gradients_that_are_not_finit
         assert result["error"].startswith(
             "BadRequest: shares of table 'words' are not of one table: rank 0 has "
         )
-        assert "'seed': 0, 'generation': None}}, rank 1 has {'initial rows': " in result["error"]
+        assert "'seed': 0}}, rank 1 has {'initial rows': " in result["error"]
     for result in agree(1, stores, "skip", "refuse"):
         assert (
             "rank 0 has {'training.not_finite': 'skip'}, rank 1 has {'training.not_finite': 'refuse'}"

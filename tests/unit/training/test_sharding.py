@@ -48,8 +48,7 @@ def test_a_share_begins_with_the_rows_of_the_whole_table(tmp_path: Path) -> None
             share = training.share("words")
             np.testing.assert_array_equal(share.lookup(np.arange(share.spec.rows)), expected[rank::3])
             described = share.description
-            told = {"kind": "normal", "std": 0.5, "seed": 3, "generation": None}
-            assert described.initial == told
+            assert described.initial == {"kind": "normal", "std": 0.5, "seed": 3}
             assert description_from_message(description_to_message(described)) == described
             check_shares({"words": described}, rank, 3)
             for other in ((rank, 4), ((rank + 1) % 3, 3)):
