@@ -14,6 +14,7 @@ with rows that know less than his model.
 from __future__ import annotations
 
 import importlib
+import operator
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ from engram_client.transport.training import (
     UpdateRequest,
 )
 
+STEPS_MAX = 2**63
 COMMIT_TIMEOUT_S = 600.0  # of a commit that is waited for: a full queue has to reach the disk first
 
 
@@ -91,6 +93,9 @@ class TrainedTable(Table):
         behind; GenerationMismatch; DeadlineExceeded or StorageError, after which the same call goes on where
         it stopped.
         """
+        step = checked_step(step)
+        learning_rate = _checked_number("learning_rate", learning_rate)
+        weight_decay = _checked_number("weight_decay", weight_decay)
         ids, values = check_gradients(self.spec.name, self.dim, row_ids, gradients)
         distinct, sums = sum_by_row(ids, values)
         request = UpdateRequest(
@@ -122,6 +127,24 @@ def check_gradients(name: str, dim: int, row_ids: Any, gradients: Any) -> tuple[
         raise BadRequest(f"table {name!r}: gradients are float32, bfloat16 or float16, got {values.dtype}")
     ids = np.ascontiguousarray(ids.reshape(-1), np.int64)
     return ids, np.ascontiguousarray(values.reshape(ids.size, dim))
+
+
+def checked_step(step: Any) -> int:
+    """The number of a step as services take it. Raises BadRequest."""
+    try:
+        number = operator.index(step)
+    except TypeError:
+        raise BadRequest(f"a step is a whole number, got {step!r}") from None
+    if not 0 <= number < STEPS_MAX:
+        raise BadRequest(f"steps are counted from 0 and stay below 2^63, got {number}")
+    return number
+
+
+def _checked_number(what: str, value: Any) -> float | None:
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
+        raise BadRequest(f"{what} is a number, got {value!r}") from None
 
 
 class PendingCommit:
@@ -193,12 +216,13 @@ class Training:
 
         `training` is what `ShardedTraining` calls itself: a share keeps with which others it has learned.
         """
+        step = checked_step(step)
         self._training.commit(step, timeout, training)
         return PendingCommit(step, lambda timeout: self._training.wait_durable(step, timeout))
 
     def rollback(self, step: int, *, timeout: float | None = COMMIT_TIMEOUT_S) -> None:
         """Go back to a step of `steps()`. Fetch tables anew afterwards: they have new generations."""
-        self._training.rollback(step, timeout)
+        self._training.rollback(checked_step(step), timeout)
 
     def steps(self) -> list[int]:
         """Durable steps that can be gone back to, oldest first."""
@@ -212,7 +236,7 @@ class Training:
 
     def open_step(self, step: int | None = None) -> OpenStep:
         """All rows of a step of `steps()` (None: the last), read while training goes on; close it."""
-        return self._training.open_step(step)
+        return self._training.open_step(None if step is None else checked_step(step))
 
     def export(
         self,

@@ -60,8 +60,8 @@ OPTIONS = [
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.min_reconnect_backoff_ms", 1000),  # how long a busy daemon may take to shake hands
+    ("grpc.max_reconnect_backoff_ms", 1000),  # within RECONNECT_S, or a call after an outage finds nobody
     ("grpc.use_local_subchannel_pool", 1),
 ]
 _STATUS_ERRORS: dict[grpc.StatusCode, type[TierstoreError]] = {

@@ -109,6 +109,13 @@ def test_errors_arrive_as_they_are(alone: Daemon) -> None:
             client.training(rank=1, world=2).table("more").update(*gradients(0, 0), step=100)
         with pytest.raises(errors.BadRequest, match="step 77 is not kept"):
             training.rollback(77)
+        values = np.ones_like(values)
+        for wrong in ({"step": "7"}, {"step": 2**63}, {"step": -1}, {"learning_rate": "x"}):
+            with pytest.raises(errors.BadRequest, match=r"whole number|counted from 0|is a number"):
+                table.update(ids, values, **{"step": 100, **wrong})
+        for call in (training.commit, training.rollback, training.open_step):
+            with pytest.raises(errors.BadRequest, match=r"stay below 2\^63, got 9223372036854775808"):
+                call(2**63)
         training.commit(200)
         training.rollback(200)
         with pytest.raises(errors.GenerationMismatch, match="rolled back"):

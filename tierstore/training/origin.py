@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from tierstore.packing.claim import claim
 from tierstore.packing.plan import plan_folder
 from tierstore.training.store import FOLDER
 from tierstore.updates import Initial
+from tierstore.updates.disk import REAL_DISK
+from tierstore.updates.identity import is_created
 
 PACKED_HERE = "from"  # in the training folder, until there is a store: what a checkpoint was packed into
 
@@ -71,11 +73,22 @@ def begun_tables(
     if (origin.path / "catalog").is_dir():
         yield _tables_of(origin, origin.path)
         return
+    if not origin.path.exists():
+        raise FormatError(
+            f"{origin.path} does not exist; give a store directory, a checkpoint's folder or a "
+            ".safetensors file"
+        )
     scratch = directory / FOLDER / PACKED_HERE
-    with claim(scratch, f"training store {directory}"):
-        _pack(origin, scratch, notify, on_progress)
-        yield _tables_of(origin, scratch)
-        shutil.rmtree(scratch)  # what training begins with is linked by now
+    try:
+        with claim(scratch, f"training store {directory}"):
+            _pack(origin, scratch, notify, on_progress)
+            yield _tables_of(origin, scratch)
+            shutil.rmtree(scratch)  # what training begins with is linked by now
+    except BaseException:
+        with suppress(OSError):  # what can be gone on with stays
+            (directory / FOLDER).rmdir()
+            directory.rmdir()
+        raise
 
 
 def _pack(
@@ -100,6 +113,11 @@ def _pack(
 def _tables_of(origin: Origin, store: Path) -> list[NewTable]:
     with Catalog.open(store) as catalog:
         entries = catalog.tables()
+    if not entries and is_created(REAL_DISK, store / FOLDER):
+        raise BadRequest(
+            f"{store} has no packed table, but tables in training; `tierstore snapshot` makes a copy of these, and "
+            "`tierstore export` a checkpoint to begin with"
+        )
     for name in origin.tables:
         if name not in entries:
             known = ", ".join(sorted(entries)) or "none"

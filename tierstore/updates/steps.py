@@ -40,7 +40,11 @@ class Steps:
         for committed in kept:
             if committed.step == step:
                 return committed
-        have = ", ".join(str(c.step) for c in kept) or "none"
+        if not kept:
+            raise BadRequest(
+                "nothing was committed yet, so there is no step to read or to go back to; commit one"
+            )
+        have = ", ".join(str(c.step) for c in kept)
         raise BadRequest(
             f"step {step} is not kept; steps that can be gone back to: {have} (training.keep_steps = "
             f"{self._keep})"

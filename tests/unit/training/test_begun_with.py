@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -229,12 +230,18 @@ def test_refusals_say_what_there_is(served: Path, tmp_path: Path) -> None:
     refused(BadRequest, "gives 2 .*choose one with --table NAME", name="mine")
     refused(BadRequest, f"there are: {DEMO[0]}, {PLAIN}", layers=(7,))
     refused(BadRequest, "a name means one table", folder=served)
-    refused(FormatError, "no such file or folder|does not exist", path=tmp_path / "nothing")
+    refused(FormatError, "does not exist; give a store directory", path=tmp_path / "nothing")
+    create_training(tmp_path / "learns", [NewTable("words", 9, 4)], optimizer="sgd")
+    refused(BadRequest, "tables in training; .*tierstore export", path=tmp_path / "learns")
     opaque = tmp_path / "opaque"
     opaque.mkdir()
     write_safetensors(opaque / "a.safetensors", {"w": ("U8", np.zeros((9, 90), np.uint8))})
     (opaque / "layout.toml").write_text('[[table]]\nname = "nf4"\nweight = "w"\n')
     refused(BadRequest, "uint8, which is opaque", path=opaque, layout_file=opaque / "layout.toml")
+    (opaque / "layout.toml").write_text('[[table]]\nname = "nf4"\nweight = "v"\n')
+    shutil.rmtree(tmp_path / "t")
+    refused(FormatError, "'v'", path=opaque, layout_file=opaque / "layout.toml")
+    assert not (tmp_path / "t").exists()
 
 
 def test_another_base_is_refused_and_a_damaged_page_named(served: Path, tmp_path: Path) -> None:
