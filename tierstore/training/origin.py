@@ -115,8 +115,8 @@ def _tables_of(origin: Origin, store: Path) -> list[NewTable]:
         entries = catalog.tables()
     if not entries and is_created(REAL_DISK, store / FOLDER):
         raise BadRequest(
-            f"{store} has no packed table, but tables in training; `tierstore snapshot` makes a copy of these, and "
-            "`tierstore export` a checkpoint to begin with"
+            f"{store} has no packed table, but tables in training; `tierstore snapshot` copies these, "
+            "`tierstore export` makes a checkpoint to begin with"
         )
     for name in origin.tables:
         if name not in entries:
