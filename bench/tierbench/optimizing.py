@@ -70,7 +70,7 @@ class ArenaUpdates:
 
         for first in range(0, ids.size, PIECE_ROWS_MAX):
             piece = slice(first, first + PIECE_ROWS_MAX)
-            present, _ = self._arena.update(ids[piece], OWNER, partial(apply, gradients[piece]))
+            present = self._arena.update(ids[piece], OWNER, partial(apply, gradients[piece]))
             assert present.all(), "a row has left the arena"
         return ids.size
 
@@ -87,8 +87,7 @@ class StoreUpdates:
         self._steps = itertools.count()
         for number in range(BATCHES):  # rows come into DRAM
             self.step(number)
-        for arena in self._store.arenas():
-            arena.settle()
+        self._store.settle()
 
     def step(self, number: int) -> int:
         ids, gradients = self._batches[number % BATCHES]

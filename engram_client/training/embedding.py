@@ -10,8 +10,9 @@ it gets the very leaf of the first time: the gradient arrives once, and the rows
 computed with, also where another trainer has updated them meanwhile. A graph keeps its leaf alive; what was
 read without one, by a forward under `no_grad`, is remembered for the last `REMEMBERED_MAX` batches.
 
-Rows may be asked for ahead with `start`. Those that were asked for before the last optimizer step are looked
-up once more, which finds them in DRAM: a trainer never computes with rows older than its own updates.
+Rows may be asked for ahead with `start`. Those among them that an optimizer step has changed meanwhile are
+looked up once more, which finds them in DRAM: a trainer never computes with rows older than its own updates.
+Where ranks train together a step changes rows that this rank does not know of, so all are looked up again.
 
 A sharded table is read by all ranks together. So every forward takes part in an exchange, with nothing to ask
 where its rows are remembered: ranks remember different things.
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from engram_client.trained import TrainedTable
 from engram_client.training.sharded_table import PendingExchange, ShardedTable
 
 REMEMBERED_MAX = 64  # batches read without a graph
+STEPS_KEPT = 4  # optimizer steps whose rows are known; who asks further ahead reads everything again
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -114,6 +116,7 @@ class EngramEmbedding(nn.Module):
         self.concatenated, self.timeout = concatenated, timeout
         self.gradients = Gradients()
         self._window = 0  # how often the optimizer has stepped
+        self._changed: deque[np.ndarray] = deque(maxlen=STEPS_KEPT)  # rows of the last steps
         self._leaves: weakref.WeakValueDictionary[bytes, Tensor] = weakref.WeakValueDictionary()
         self._without_graph: OrderedDict[bytes, Tensor] = OrderedDict()
 
@@ -182,15 +185,31 @@ class EngramEmbedding(nn.Module):
         handle, pending.handle = pending.handle, None
         if handle is not None:
             rows = np.asarray(handle.wait(timeout=self.timeout))
-            if pending.window == self._window:
+            steps = self._window - pending.window
+            if steps == 0:
+                return rows
+            if steps <= len(self._changed) and self.table.world == 1 and not self.table.collective:
+                changed = _common(ids, list(self._changed)[-steps:])
+                if changed.size:
+                    rows = np.require(rows, requirements="W")
+                    rows[changed] = np.asarray(self.table.lookup(ids[changed], timeout=self.timeout))
                 return rows
         return np.asarray(self.table.lookup(ids, timeout=self.timeout))
 
-    def forget(self) -> None:
-        """Rows have changed: read them anew from here on. The optimizer calls this when it has stepped."""
+    def forget(self, changed: np.ndarray) -> None:
+        """Rows `changed` int64 [n] have: read them anew from here on. The optimizer calls this when it has
+        stepped."""
         self._window += 1
+        self._changed.append(changed)
         self._leaves.clear()
         self._without_graph.clear()
+
+
+def _common(ids: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
+    """Positions of those of distinct `ids` that occur in `others`, int64 all."""
+    known = np.concatenate(others)
+    _, places = distinct_ids(np.concatenate([known, ids]))  # numbered in order of first appearance
+    return np.flatnonzero(places[known.size :] <= places[: known.size].max(initial=-1))
 
 
 class _Gather(torch.autograd.Function):

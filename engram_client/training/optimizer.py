@@ -75,7 +75,7 @@ class EngramOptimizer(torch.optim.Optimizer):
                 rates = {"learning_rate": group["lr"], "weight_decay": group["weight_decay"]}
                 table.update(ids, gradients, step=number, timeout=self.timeout, **rates)
             self._applied.add(table.spec.name)
-            embedding.forget()
+            embedding.forget(ids)
         for embedding in self.embeddings:
             embedding.gradients.clear()
         self._next_step()

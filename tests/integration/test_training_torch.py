@@ -266,6 +266,21 @@ def test_rows_asked_for_ahead_are_no_older_than_the_last_step(client: Client) ->
     np.testing.assert_array_equal(fresh[ids >= 0].detach().numpy(), all_rows(client)[ids[ids >= 0]].numpy())
 
 
+@pytest.mark.parametrize("ahead_steps", [1, 3, 6])
+def test_rows_asked_for_several_steps_ahead_are_those_of_now(client: Client, ahead_steps: int) -> None:
+    model, optimizer, dense = parts(client)
+    rng = np.random.default_rng(ahead_steps)
+    wanted = [torch.from_numpy(rng.integers(-1, ROWS, (BATCH, HEADS))) for _ in range(12)]
+    ahead = [model.embedding.start(ids) for ids in wanted[:ahead_steps]]
+    for step, ids in enumerate(wanted):
+        rows = model.embedding(ahead.pop(0))
+        present = ids >= 0
+        np.testing.assert_array_equal(rows[present].detach().numpy(), all_rows(client)[ids[present]].numpy())
+        if step + ahead_steps < len(wanted):
+            ahead.append(model.embedding.start(wanted[step + ahead_steps]))
+        one_step(model, optimizer, dense, step)
+
+
 def test_schedulers_change_the_rate(client: Client) -> None:
     training = client.training()
     embedding = EngramEmbedding(training.table("words"), concatenated=True, dtype=torch.bfloat16)

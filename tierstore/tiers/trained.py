@@ -15,7 +15,6 @@ import numpy as np
 from engram_client.arena.layout import LINE_BYTES, WAYS, ArenaGeometry
 from engram_client.arena.read import read_records
 from tierstore.kernels import trained_arena as kernels
-from tierstore.kernels.trained_arena import DIRTY_MAX
 from tierstore.kernels.trained_move import list_rows
 from tierstore.tiers.dram import MOVED_BYTES, Collapsing
 from tierstore.tiers.region import Region
@@ -23,7 +22,7 @@ from tierstore.tiers.turn_lock import TurnLock
 
 STAMPS_MIN, STAMPS_MAX = 1 << 10, 1 << 18
 STAMP_BYTES = 8
-SET_BYTES = 2 + 8  # beside the arena: dirty bits, and its number in a list of all
+SET_BYTES = 4 + 8  # beside the arena: dirty bits, and its number in the list of crowded ones
 
 Apply = Callable[[np.ndarray, np.ndarray], None]  # rows and their guards, as optimizer kernels take them
 
@@ -36,7 +35,8 @@ class DirtyRows:
     keys: np.ndarray  # int64 [n]: row ids
     owners: np.ndarray  # int64 [n]
     rows: np.ndarray  # uint8 [n, row_bytes]
-    next_start: int  # where to go on
+    next_set: int  # where `copy_dirty` goes on
+    crowded_left: int  # of the list of crowded sets, once these are clean
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,15 @@ class TrainedArena:
         stamps = min(STAMPS_MAX, max(STAMPS_MIN, 1 << (rows_about // 8).bit_length()))
         kept_bytes = STAMP_BYTES * stamps + SET_BYTES * (rows_about // WAYS + 1)
         self._region = Region(ArenaGeometry.within(max(0, budget_bytes - kept_bytes), row_bytes))
-        self._dirty = np.zeros(self._region.geometry.sets, np.uint16)
+        self._dirty = np.zeros(self._region.geometry.sets, np.uint32)
+        self._crowded = np.zeros(1 + self._region.geometry.sets, np.int64)
         self._stamps = np.full(stamps, self._moment)  # any row may have been marked clean just now
-        self._all_sets = np.arange(self._region.geometry.sets)
         self._rows = 0
 
     @staticmethod
     def least_bytes(row_bytes: int) -> int:
         """The smallest budget."""
-        return ArenaGeometry(1, row_bytes).total_bytes + STAMP_BYTES * STAMPS_MIN + 2 * SET_BYTES
+        return ArenaGeometry(1, row_bytes).total_bytes + STAMP_BYTES * STAMPS_MIN + 2 * SET_BYTES + 8
 
     @property
     def region(self) -> Region:
@@ -91,43 +91,34 @@ class TrainedArena:
         ids, rows = np.zeros(0, np.int64), np.zeros((0, self.row_bytes), np.uint8)
         self.read(ids, owner, (0, 0), 0)
         self.update(ids, owner, lambda rows, guards: None)
-        self.absent(ids, owner)
         self.admit_updated(ids, owner, rows, np.zeros(0, np.bool_))
         self.admit_read(ids, owner, rows, 0)
-        self.mark_clean(self.copy_dirty(0, sets=self.sets_of(ids, owner)))
+        self.mark_clean(self.copy_crowded(0))
+        self.mark_clean(self.copy_dirty(0))
         list_rows(self._region.index, 0, 0, ids)
 
     def dirty_rows(self) -> int:
         """How many rows the log does not have yet."""
         with self._writing:
-            return int(np.unpackbits(self._dirty.view(np.uint8)).sum())
+            ways = (self._dirty & kernels.ALL_DIRTY).astype(np.uint16)
+        return int(np.unpackbits(ways.view(np.uint8)).sum())
 
     def read(self, ids: np.ndarray, owner: int, part: tuple[int, int], out: int) -> tuple[np.ndarray, int]:
         """Copy a part of each row found to address `out`, zeros for -1: positions of the others, masked."""
         misses, counts = np.empty(ids.size, np.int64), np.zeros(2, np.int64)
         region = self._region  # kept while it is read, though it be replaced meanwhile
         missed = read_records(*region.places, ids, owner, 1, *part, out, misses, counts)
+        # Once more without a byte, which is a hint: rows that are read now are wanted until they are updated.
+        read_records(*region.places, ids, owner, 1, 0, 0, 0, np.empty(ids.size, np.int64), counts.copy())
         return misses[:missed], int(counts[0])
 
-    def update(self, ids: np.ndarray, owner: int, apply: Apply) -> tuple[np.ndarray, np.ndarray]:
-        """Apply to the rows that are here: bool [n], which were, and int64 [n], the set of each."""
-        rows, guards, sets = (np.empty(ids.size, np.int64) for _ in range(3))
+    def update(self, ids: np.ndarray, owner: int, apply: Apply) -> np.ndarray:
+        """Apply to the rows that are here: bool [n], which were."""
+        rows, guards = np.empty(ids.size, np.int64), np.empty(ids.size, np.int64)
         with self._writing:
-            kernels.find_to_update(*self._region.places, ids, owner, self._dirty, rows, guards, sets)
+            kernels.find_to_update(*self._region.places, ids, owner, self._dirty, self._crowded, rows, guards)
             apply(rows, guards)
-        return rows != 0, sets
-
-    def sets_of(self, ids: np.ndarray, owner: int) -> np.ndarray:
-        """The distinct sets of these rows, sorted."""
-        sets = np.empty(ids.size, np.int64)
-        kernels.sets_of_rows(self._region.geometry.sets, ids, owner, sets)
-        return np.unique(sets)
-
-    def absent(self, ids: np.ndarray, owner: int) -> np.ndarray:
-        """Positions of the ids whose rows are not here."""
-        misses = np.empty(ids.size, np.int64)
-        with self._writing:
-            return misses[: kernels.find_absent(*self._region.places, ids, owner, misses)]
+        return rows != 0
 
     def admit_updated(self, ids: np.ndarray, owner: int, rows: np.ndarray, waiting: np.ndarray) -> np.ndarray:
         """Take in rows uint8 [n, row_bytes] as an update left them: those of `waiting` bool [n].
@@ -139,7 +130,7 @@ class TrainedArena:
         with self._writing:
             kernels.admit_updated(
                 *self._region.writer_places, self.row_bytes, ids, owner, rows.ctypes.data, self._dirty,
-                waiting, counts,
+                self._crowded, waiting, counts,
             )  # fmt: skip
         self._note(counts)
         return counts
@@ -166,32 +157,42 @@ class TrainedArena:
         if 2 * self._rows > self.capacity_rows:
             self._collapsing.start(self._region)
 
-    def copy_dirty(
-        self, rows_max: int, *, sets: np.ndarray | None, keep: int = DIRTY_MAX, start: int = 0
-    ) -> DirtyRows:
-        """Copies of up to `rows_max` dirty rows (or one set's), so that `keep` stay in each; none: that was
-        all.
+    @property
+    def crowded_sets(self) -> int:
+        """In how many sets more rows are dirty than shall stay so; whose turn it is may rely on it."""
+        return int(self._crowded[0])
 
-        `sets` sorted int64, None for all; `start` is where an earlier call left off, 0 at first.
-        """
-        ways, region = np.empty(max(WAYS, rows_max), np.int64), self._region
+    def copy_crowded(self, rows_max: int) -> DirtyRows:
+        """Copies of up to `rows_max` dirty rows (or one set's) that shall leave crowded sets; none: that was
+        all."""
+        ways = np.empty(max(WAYS, rows_max), np.int64)
         with self._writing:
-            among = self._all_sets if sets is None else sets
-            start, listed = kernels.choose_dirty(region.index, self._dirty, among, start, keep, ways)
-            ways = ways[:listed]
-            keys, owners = np.empty(listed, np.int64), np.empty(listed, np.int64)
-            rows = np.empty((listed, self.row_bytes), np.uint8)
-            places = (region.slots, region.geometry.slot_bytes, self.row_bytes)
-            kernels.copy_ways(*places, ways, keys, owners, rows.ctypes.data)
-        return DirtyRows(ways, keys, owners, rows, int(start))
+            left, listed = kernels.choose_crowded(self._region.index, self._dirty, self._crowded, ways)
+            return self._copied(ways[:listed], 0, left)
+
+    def copy_dirty(self, rows_max: int, start: int = 0) -> DirtyRows:
+        """Copies of up to `rows_max` of all dirty rows (or one set's) of sets from `start` on; none: that was
+        all."""
+        ways = np.empty(max(WAYS, rows_max), np.int64)
+        with self._writing:
+            next_set, listed = kernels.choose_dirty(self._dirty, start, ways)
+            return self._copied(ways[:listed], next_set, int(self._crowded[0]))
+
+    def _copied(self, ways: np.ndarray, next_set: int, left: int) -> DirtyRows:
+        keys, owners = np.empty(ways.size, np.int64), np.empty(ways.size, np.int64)
+        rows = np.empty((ways.size, self.row_bytes), np.uint8)
+        places = (self._region.slots, self._region.geometry.slot_bytes, self.row_bytes)
+        kernels.copy_ways(*places, ways, keys, owners, rows.ctypes.data)
+        return DirtyRows(ways, keys, owners, rows, int(next_set), int(left))
 
     def mark_clean(self, copied: DirtyRows) -> None:
         """The log has these rows now."""
         with self._writing:
             self._moment += 1
             kernels.mark_clean(
-                copied.ways, copied.keys, copied.owners, self._dirty, self._stamps, self._moment
-            )
+                copied.ways, copied.keys, copied.owners, self._dirty, self._crowded, copied.crowded_left,
+                self._stamps, self._moment,
+            )  # fmt: skip
 
     def replace(self, budget_bytes: int) -> Replaced:
         """Go on with empty memory of this size; what the old has is for `move_from`.
@@ -225,8 +226,10 @@ class TrainedArena:
                 mine = owners == owner
                 _, counts = self.admit_read(keys[mine], owner, rows[mine], replaced.since)
                 moved += int(counts[kernels.ADMITTED])
-            empty = np.zeros(last - first, np.uint16)
-            kernels.forget_all(old.index + first * LINE_BYTES, last - first, empty)  # for who still reads it
+            empty, none = np.zeros(last - first, np.uint32), np.zeros(1, np.int64)
+            kernels.forget_all(
+                old.index + first * LINE_BYTES, last - first, empty, none
+            )  # who still reads it
             old.free_slots_of(first, last - first)
         old.free()
         return moved
@@ -244,4 +247,4 @@ class TrainedArena:
         with self._writing:
             self._moment += 1
             self._stamps[:] = self._moment
-            kernels.forget_all(self._region.index, self._region.geometry.sets, self._dirty)
+            kernels.forget_all(self._region.index, self._region.geometry.sets, self._dirty, self._crowded)

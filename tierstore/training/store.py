@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from tierstore.snapshots.state import TrainingState
 from tierstore.store.gate import Gate
 from tierstore.tiers.trained import TrainedArena
 from tierstore.training.arenas import Arenas
+from tierstore.training.behind import Behind
 from tierstore.training.counters import TrainingCounters
 from tierstore.training.gradients import not_finite, refusal, summed
 from tierstore.training.reading import Reading
@@ -73,6 +75,8 @@ class TrainingStore:
         self._steps = Steps(f"training store {directory}", storage.step(), strict=strict)
         self._begin_history(storage.state())
         self._warm_up()
+        write_behind = partial(self._updater.write_behind, self._turn, self._arenas)
+        self._behind = Behind(f"writing rows of {directory} back", write_behind)
 
     @classmethod
     def create(cls, directory: Path | str, tables: Sequence[TrainedSpec]) -> None:
@@ -226,6 +230,8 @@ class TrainingStore:
             update = Update(table, step, numbers, ids, gradients, scalars)
             self._resume_or_begin(update, deadline)
             self.counters.add(updates=1, rows_updated=ids.size, gradients=total_entries(contributions))
+        if table.arena.crowded_sets:
+            self._behind.wake()
 
     def _finite(
         self, table: TrainedTable, ids: np.ndarray, gradients: np.ndarray
@@ -291,7 +297,7 @@ class TrainingStore:
             check_training([self._training], training or self._training, [str(self.directory)])
             self._training = training or self._training
             for arena in self._arenas:
-                self._updater.write_back(arena, None, deadline, keep=0)
+                self._updater.write_all_back(arena, deadline)
             commit = self._storage.commit(step, (), self._state(), deadline)
             self._steps.note_commit(commit, step)
             self.counters.add(commits=1)
@@ -338,9 +344,7 @@ class TrainingStore:
                 if self._uncertain:
                     self._check_certain()
                 for arena in self._arenas:
-                    self._updater.write_back(arena, None, deadline, keep=0)
-                if self._unfinished:
-                    self._unfinished.forget_sets()
+                    self._updater.write_all_back(arena, deadline)
                 replaced = self._arenas.replace(budget_bytes)
             for arena, old in replaced:
                 self.counters.add(rows_moved=arena.move_from(old))
@@ -374,6 +378,12 @@ class TrainingStore:
             "training_dirty_rows": sum(a.dirty_rows() for a in arenas),
         }
 
+    def settle(self) -> None:
+        """Wait until work in the background is done; for tests and benchmarks."""
+        self._behind.settle()
+        for arena in self._arenas:
+            arena.settle()
+
     def snapshot(self, step: int | None = None) -> Snapshot:
         """See `RowStorage.snapshot`."""
         with self._gate:
@@ -382,6 +392,7 @@ class TrainingStore:
     def close(self) -> None:
         """Wait for whoever is inside and for commits on their way; what was not committed is gone."""
         if self._gate.close():
+            self._behind.stop()
             self._trainers.reset(GenerationMismatch(f"training store {self.directory} was closed meanwhile"))
             self._arenas.close()
             self._storage.close()

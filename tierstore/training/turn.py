@@ -40,3 +40,13 @@ class Turn:
             yield
         finally:
             self._lock.release()
+
+    @contextmanager
+    def taken_if_free(self) -> Iterator[bool]:
+        """Whether it was; for work that whoever comes first does."""
+        taken = self._lock.acquire(blocking=False)
+        try:
+            yield taken
+        finally:
+            if taken:
+                self._lock.release()

@@ -163,17 +163,17 @@ class RowStorage:
         self._opened.pages[table].read(self._reader, ids[missing], missing, out, deadline)
 
     def spill(self, table: int, ids: np.ndarray, rows: np.ndarray, deadline: Deadline = NEVER) -> None:
-        """Rows uint8 [n, row_bytes] with distinct `ids` int64 [n], newer than what there was; copied.
+        """Rows uint8 [n, row_bytes] with distinct `ids` int64 [n], newer than what there was.
 
-        `read` gives them from here on; they are durable with the next commit. Waits where the queue or the
-        log is full. Raises StorageError where the disk is, Overloaded where the log is full of steps that
-        are kept, DeadlineExceeded.
+        Takes the arrays: they must not change any more. `read` gives them from here on; they are durable with
+        the next commit. Waits where the queue or the log is full. Raises StorageError where the disk is,
+        Overloaded where the log is full of steps that are kept, DeadlineExceeded.
         """
         check_rows(self.tables, table, ids, rows)
         self._check_open()
         with self._appending:
             self._finish_rollback()
-            self._queue(table, ids, rows, deadline, copied=True)
+            self._queue(table, ids, rows, deadline, for_commit=False)
 
     def commit(
         self,
@@ -198,7 +198,7 @@ class RowStorage:
                 self._log.check()
                 self._log.check_step(step)
             for table, ids, rows in dirty:
-                self._queue(table, ids, rows, deadline, copied=False)
+                self._queue(table, ids, rows, deadline, for_commit=True)
             self._wait_for_room(HEADER_BYTES + len(state), deadline, for_commit=True)
             with self._changed:
                 return self._log.queue_commit(step, state)
@@ -314,15 +314,13 @@ class RowStorage:
     # Appending. The caller holds `_appending`.
 
     def _queue(
-        self, table: int, ids: np.ndarray, rows: np.ndarray, deadline: Deadline, *, copied: bool
+        self, table: int, ids: np.ndarray, rows: np.ndarray, deadline: Deadline, *, for_commit: bool
     ) -> None:
         row_bytes = self.tables[table].row_bytes
         size = rows_of_block(row_bytes, self._block_bytes)
         for start in range(0, ids.size, size):
             part_ids, part = ids[start : start + size], rows[start : start + size]
-            if copied:
-                part_ids, part = part_ids.copy(), part.copy()
-            self._wait_for_room(block_bytes(part_ids.size, row_bytes), deadline, for_commit=not copied)
+            self._wait_for_room(block_bytes(part_ids.size, row_bytes), deadline, for_commit=for_commit)
             with self._changed:
                 self._log.check()
                 last = self._steps.last.step if self._steps.last else -1

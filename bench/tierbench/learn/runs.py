@@ -8,9 +8,10 @@ what they are after its update comes from DRAM.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,13 +69,32 @@ def train(
     on_step: Callable[[int], None] = lambda step: None,
 ) -> tuple[list[float], float]:
     """Losses of each step, and the seconds it took. `batches` as `lanes` gives them."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, betas=(0.9, 0.95))
     losses, started = [], time.perf_counter()
-    ahead = _start(memory, mapping, batches[0])
-    for step, batch in enumerate(batches):
+    for step, loss in enumerate(training_steps(model, memory, mapping, batches, recipe)):
+        losses.append(loss)
+        on_step(step)
+    return losses, time.perf_counter() - started
+
+
+def training_steps(
+    model: LanguageModel,
+    memory: Memory | None,
+    mapping: NgramHashMapping,
+    batches: Iterable[np.ndarray],
+    recipe: Recipe,
+) -> Iterator[float]:
+    """Train by one batch int64 [B, T + 1] and give its loss, each time that a loss is asked for."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, betas=(0.9, 0.95))
+    coming = iter(batches)
+    following = next(coming, None)
+    ahead = None if following is None else _start(memory, mapping, following)
+    for step in itertools.count():
+        batch, following = following, next(coming, None)
+        if batch is None:
+            return
         rows = memory.rows(ahead) if memory else None
-        if step + 1 < len(batches):
-            ahead = _start(memory, mapping, batches[step + 1])
+        if following is not None:
+            ahead = _start(memory, mapping, following)
         loss = _loss(model, batch, rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM_MAX)
@@ -85,9 +105,7 @@ def train(
         optimizer.zero_grad()
         if memory:
             memory.learn(step, rate)
-        losses.append(float(loss.detach()))
-        on_step(step)
-    return losses, time.perf_counter() - started
+        yield float(loss.detach())
 
 
 @torch.no_grad()
@@ -117,5 +135,5 @@ def _rate(recipe: Recipe, step: int) -> float:
     warm_up = max(1, int(WARM_UP_SHARE * recipe.steps))
     if step < warm_up:
         return recipe.rate * (step + 1) / warm_up
-    done = (step - warm_up) / max(1, recipe.steps - warm_up)
+    done = min(1.0, (step - warm_up) / max(1, recipe.steps - warm_up))
     return recipe.rate * (RATE_FLOOR + (1 - RATE_FLOOR) * 0.5 * (1 + math.cos(math.pi * done)))

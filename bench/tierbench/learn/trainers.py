@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from itertools import cycle
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from engram_client import NgramHashMapping
 from tierbench.learn.memory import Memory, Tiered
 from tierbench.learn.model import LanguageModel
-from tierbench.learn.runs import Recipe, train
+from tierbench.learn.runs import Recipe, training_steps
 
 WARM_STEPS = 5
 
@@ -29,15 +28,16 @@ class Trainer:
     ) -> None:
         """`batches` int64 [steps, B, T + 1] come again when they are used up."""
         self.memory = memory
-        self._model, self._mapping, self._recipe = model, mapping, recipe
-        self._batches: Iterator[np.ndarray] = cycle(batches)
+        self._tokens = recipe.batch * recipe.context  # of a step
+        self._steps = training_steps(model, memory, mapping, cycle(batches), recipe)
         self.rate(WARM_STEPS)
 
     def rate(self, steps: int) -> float:
         """Tokens a second over so many further steps."""
-        batches = np.stack([next(self._batches) for _ in range(steps)])
-        _, seconds = train(self._model, self.memory, self._mapping, batches, self._recipe)
-        return steps * self._recipe.batch * self._recipe.context / seconds
+        started = time.perf_counter()
+        for _ in range(steps):
+            next(self._steps)
+        return steps * self._tokens / (time.perf_counter() - started)
 
     def rate_beside_commits(self, steps: int) -> float:
         """The same, while all that has been learnt since the last commit is made durable beside it.
@@ -49,6 +49,6 @@ class Trainer:
         self.memory.commit()
         handed_over_s = time.perf_counter() - started
         rate = self.rate(steps)
-        tokens = steps * self._recipe.batch * self._recipe.context
+        tokens = steps * self._tokens
         self.memory.settle()
         return tokens / (tokens / rate + handed_over_s)
