@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from tierstore.catalog import Catalog, CatalogEntry
 from tierstore.commands.readable import readable_bytes
 from tierstore.format.geometry import Geometry
 from tierstore.format.rowfile import RowFile
+from tierstore.snapshots.rows import FOLDER
+from tierstore.updates import TrainedSpec
+from tierstore.updates.disk import REAL_DISK
+from tierstore.updates.identity import is_created, load_identity
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,13 +37,24 @@ def run(args: argparse.Namespace) -> int:
         if args.name:
             return _show_file(RowFile.open(catalog.entry(args.name).path), args.json)
         entries = [entry for _, entry in sorted(catalog.tables().items())] + catalog.retired
+    training = _in_training(args.target)
     if args.json:
-        _print_json({"tables": [_entry_json(entry) for entry in entries]})
-    elif entries:
+        told = {"training": [spec.to_json() for spec in training]} if training else {}
+        _print_json({"tables": [_entry_json(entry) for entry in entries], **told})
+        return 0
+    if entries:
         _print_table(entries)
-    else:
+    if training:
+        _print_training(args.target, training)
+    if not entries and not training:
         print(f"{args.target} holds no tables")
     return 0
+
+
+def _in_training(directory: Path) -> Sequence[TrainedSpec]:
+    """What is trained there, whoever has it open."""
+    folder = directory / FOLDER
+    return load_identity(REAL_DISK, folder).tables if is_created(REAL_DISK, folder) else ()
 
 
 def _show_file(row_file: RowFile, as_json: bool) -> int:
@@ -133,6 +149,34 @@ def _print_table(entries: list[CatalogEntry]) -> None:
     for entry in entries:
         table.add_row(*_cells(entry.spec, entry))
     # Piped output is for other programs: no wrapping at a terminal width nobody has.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _print_training(directory: Path, specs: Sequence[TrainedSpec]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = (
+        "in training",
+        "layer",
+        "rows",
+        "row bytes",
+        "pages on disk",
+        "optimizer",
+        "share",
+        "begins with",
+    )
+    table = Table(*columns, box=None, header_style="bold")
+    for spec in specs:
+        pages = directory / FOLDER / "pages" / f"{spec.name}.rows"
+        size = readable_bytes(pages.stat().st_blocks * 512) if pages.exists() else "missing"
+        layer = "" if spec.layer is None else str(spec.layer)
+        part = spec.partition
+        share = f"{part.rank}/{part.world} of {part.rows} rows" if part else "whole"
+        table.add_row(
+            spec.name, layer, str(spec.rows), str(spec.row_bytes), size,
+            str(spec.optimizer.get("optimizer", "")), share, str(spec.initial),
+        )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 

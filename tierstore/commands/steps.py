@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from engram_client import connect
-from engram_client.errors import BadRequest
+from engram_client.errors import BadRequest, StoreLocked
 from tierstore.snapshots import Source, StepRows, described, open_storage, whole_step
 
 SHARES = "Shares of sharded training are put together: give the directories of all ranks as SOURCE."
@@ -53,6 +53,12 @@ def _source(text: str, together: int, stack: ExitStack) -> Source:
         training = stack.enter_context(connect(text)).training()
         partitions = {name: d.partition for name, d in training.tables().items()}
         return Source(text, partitions, training.steps, lambda step: described(training.open_step(step)))
-    storage = stack.enter_context(open_storage(text, together))
+    try:
+        storage = stack.enter_context(open_storage(text, together))
+    except StoreLocked as error:
+        raise StoreLocked(
+            f"{error}. To read a step meanwhile: unix:PATH instead of the directory where that is a daemon; "
+            "where it trains itself, its training.export, .publish or .snapshot"
+        ) from error
     partitions = {spec.name: spec.partition for spec in storage.tables}
     return Source(text, partitions, storage.steps, storage.snapshot)

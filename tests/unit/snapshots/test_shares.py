@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import os
 import shutil
 from contextlib import closing
@@ -208,7 +209,14 @@ def test_a_share_in_use_and_a_damaged_one(
 ) -> None:
     with closing(TrainingStore.open(shares[1], CONFIG)):
         assert run("export", shares, str(tmp_path / "out")) == 4
-        assert f"pid {os.getpid()}" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert f"pid {os.getpid()}" in told
+        assert "To read a step meanwhile: unix:PATH instead of the directory" in told
+        assert main(["inspect", str(shares[1])]) == 0  # which opens nothing
+        assert f"1/3 of {ROWS} rows" in capsys.readouterr().out
+        assert main(["inspect", str(shares[1]), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["training"][1]
+        assert (found["name"], found["partition"]["rank"], found["rows"]) == (PLAIN, 1, -(-ROWS // 3))
     copies = [Path(shutil.copytree(share, tmp_path / share.name)) for share in shares]
     (log,) = sorted((copies[2] / "training" / "log").glob("*"))[:1]
     raw = bytearray(log.read_bytes())
