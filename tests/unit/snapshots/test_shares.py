@@ -216,7 +216,7 @@ def test_a_share_in_use_and_a_damaged_one(
         assert f"1/3 of {ROWS} rows" in capsys.readouterr().out
         assert main(["inspect", str(shares[1]), "--json"]) == 0
         found = json.loads(capsys.readouterr().out)["training"][1]
-        assert (found["name"], found["partition"]["rank"], found["rows"]) == (PLAIN, 1, -(-ROWS // 3))
+        assert (found["name"], found["partition"]["rank"], found["rows"]) == (PLAIN, 1, ROWS // 3)
     copies = [Path(shutil.copytree(share, tmp_path / share.name)) for share in shares]
     (log,) = sorted((copies[2] / "training" / "log").glob("*"))[:1]
     raw = bytearray(log.read_bytes())
