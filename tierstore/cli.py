@@ -25,6 +25,7 @@ COMMANDS = {
     "snapshot": "copy a committed step into a training store of its own",
     "reshard": "deal the rows of a training store out to another number of ranks",
     "rollback": "make an earlier generation of a table current again",
+    "stats": "say how a daemon is doing",
     "config": "check and show the configuration",
 }
 OK, FOUND_PROBLEM, USAGE, STORAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 4, 130

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,27 @@ def test_errors_arrive_as_they_are(alone: Daemon) -> None:
             table.update(*gradients(0, 0), step=201)
         with pytest.raises(errors.StepConflict, match="step 200 is committed"):
             training.table("more").update(*gradients(0, 0), step=200)
+
+
+def test_the_operator_sees_how_it_does(alone: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    with connect(alone.unix) as client, closing(client.training().open_step()):
+        step = client.training().step()
+        capsys.readouterr()
+        assert main(["stats", alone.unix]) == 0
+        told = capsys.readouterr().out
+        for line in (
+            rf"training, step {step} committed \d+\.\d s ago; \d+ updates, \d+ commits",
+            r"  \d+\.\d % of rows read and \d+\.\d % of rows updated found there; \d+ written back",
+            r"  log: [\d.]+ .iB of at most 8\.00 GiB, 0 B of at most 256 MiB queued; 0 folds of 0 pages",
+            r"  steps open to be read, which holds up folding: 1",
+        ):
+            assert re.search(rf"^{line}$", told, re.M), told
+        assert main(["stats", alone.unix, "--json"]) == 0
+        stats = json.loads(capsys.readouterr().out)
+    assert stats["training_committed_step"] == step
+    assert 0 <= stats["training_commit_age_ms"] < 600_000
+    assert 0 < stats["training_log_bytes"] < stats["training_log_bytes_max"]
+    assert stats["training_folding"] == stats["training_fold_failing"] == 0
 
 
 def test_its_budget_changes_while_it_trains(alone: Daemon, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,7 +85,7 @@ class MemoryService:
         return pb.DescribeTableResponse(table=spec_to_message(store.table(name).spec))
 
     async def stats(self, _request: pb.StatsRequest, _context: Any) -> pb.StatsResponse:
-        training = self._training.stats() if self._training else {}
+        training = await asyncio.to_thread(self._training.stats) if self._training else {}
         return pb.StatsResponse(counters={**self._store.stats(), **training})
 
     async def set_budgets(self, request: pb.SetBudgetsRequest, context: Any) -> pb.SetBudgetsResponse:

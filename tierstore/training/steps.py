@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Iterable
 
 from engram_client.errors import StepConflict
 from tierstore.training.table import TrainedTable
 from tierstore.updates import Commit
+
+COMMITS_TIMED = 64  # more are never on their way to the disk
 
 
 class Steps:
@@ -18,6 +22,7 @@ class Steps:
         self.committed = committed
         self.commit: Commit | None = None  # the last one of this opening
         self._updates = self._updates_committed = 0
+        self._closed: deque[tuple[int, float]] = deque(maxlen=COMMITS_TIMED)  # the last steps, and when
 
     def check_update(self, table: TrainedTable, step: int) -> None:
         """Raises StepConflict."""
@@ -59,6 +64,11 @@ class Steps:
 
     def note_commit(self, commit: Commit, step: int) -> None:
         self.commit, self.committed, self._updates_committed = commit, step, self._updates
+        self._closed.append((step, time.monotonic()))
+
+    def age_s(self, step: int) -> float | None:
+        """How long ago this step was closed; None where that was before the store was opened."""
+        return next((time.monotonic() - closed for s, closed in reversed(self._closed) if s == step), None)
 
     def go_back(self, step: int) -> None:
         self.committed, self.commit = step, None

@@ -370,13 +370,21 @@ class TrainingStore:
         return self._storage.steps()
 
     def stats(self) -> dict[str, int]:
-        """Counters, and what is there now."""
-        arenas = list(self._arenas)
-        return self.counters.snapshot() | {
+        """Counters, and what is there now; README, "Reading the numbers"."""
+        durable = self._storage.step()
+        age_s = None if durable is None else self._steps.age_s(durable)
+        known = {
+            "training_committed_step": durable,
+            "training_commit_age_ms": None if age_s is None else int(1000 * age_s),
+            "training_log_bytes_max": self.config.log_bytes_max,
+            "training_queue_bytes_max": self.config.queue_bytes,
             "training_dram_bytes": self._arenas.budget_bytes,
-            "training_capacity_rows": sum(a.capacity_rows for a in arenas),
-            "training_dirty_rows": sum(a.dirty_rows() for a in arenas),
+            "training_capacity_rows": sum(a.capacity_rows for a in self._arenas),
+            "training_dirty_rows": sum(a.dirty_rows() for a in self._arenas),
         }
+        of_storage = {f"training_{name}": number for name, number in self._storage.counters().items()}
+        told = {name: number for name, number in known.items() if number is not None}
+        return {**of_storage, **self.counters.snapshot(), **told}
 
     def settle(self) -> None:
         """Wait until work in the background is done; for tests and benchmarks."""

@@ -98,6 +98,11 @@ class Folding:
                 self._pauses -= 1
                 self._changed.notify_all()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a fold has begun and not ended; `changed` is held."""
+        return self._active is not None
+
     def can_help(self) -> bool:
         """Whether folding can make room in the log, now or when it goes on; `changed` is held."""
         possible = self.failure is None and (

@@ -272,7 +272,7 @@ class RowStorage:
         with self._changed:
             return {
                 "log_bytes": self._log.end - self._log.start,
-                "queued_bytes": self._log.queued_bytes,
+                "queue_bytes": self._log.queued_bytes,
                 "index_bytes": sum(index.bytes for index in self._indices),
                 "rows_in_log": sum(index.rows for index in self._indices),
                 "appended_bytes": self._log.written_bytes,
@@ -280,6 +280,9 @@ class RowStorage:
                 "waits_for_room": self._log.waits,
                 "folds": self._folding.folds,
                 "folded_pages": self._folding.pages_written,
+                "folding": int(self._folding.under_way),
+                "fold_failing": int(self._folding.failure is not None),
+                "steps_read": len(self._steps.pins),
             }
 
     def close(self) -> None:
