@@ -39,6 +39,7 @@ from tierstore.training.behind import Behind
 from tierstore.training.counters import TrainingCounters
 from tierstore.training.gradients import not_finite, refusal, summed
 from tierstore.training.reading import Reading
+from tierstore.training.stats import stats_of
 from tierstore.training.steps import Steps
 from tierstore.training.table import TrainedTable
 from tierstore.training.trainers import Contribution, Trainers, merged_rates, total_entries
@@ -371,26 +372,8 @@ class TrainingStore:
 
     def stats(self) -> dict[str, int]:
         """Counters, and what is there now; README, "Reading the numbers"."""
-        durable = self._storage.step()
-        age_s = None if durable is None else self._steps.age_s(durable)
-        known = {
-            "training_committed_step": durable,
-            "training_commit_age_ms": None if age_s is None else int(1000 * age_s),
-            "training_log_bytes_max": self.config.log_bytes_max,
-            "training_queue_bytes_max": self.config.queue_bytes,
-            "training_dram_bytes": self._arenas.budget_bytes,
-            "training_capacity_rows": sum(a.capacity_rows for a in self._arenas),
-            "training_dirty_rows": sum(a.dirty_rows() for a in self._arenas),
-        }
-        of_storage = {f"training_{name}": number for name, number in self._storage.counters().items()}
-        told = {name: number for name, number in known.items() if number is not None}
-        return {**of_storage, **self.counters.snapshot(), **told}
-
-    def settle(self) -> None:
-        """Wait until work in the background is done; for tests and benchmarks."""
-        self._behind.settle()
-        for arena in self._arenas:
-            arena.settle()
+        now = stats_of(self._storage, self._steps, self._arenas, self.config)
+        return {**now, **self.counters.snapshot()}
 
     def snapshot(self, step: int | None = None) -> Snapshot:
         """See `RowStorage.snapshot`."""
