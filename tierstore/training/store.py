@@ -375,6 +375,12 @@ class TrainingStore:
         now = stats_of(self._storage, self._steps, self._arenas, self.config)
         return {**now, **self.counters.snapshot()}
 
+    def settle(self) -> None:
+        """Wait until work in the background is done; for tests and benchmarks."""
+        self._behind.settle()
+        for arena in self._arenas:
+            arena.settle()
+
     def snapshot(self, step: int | None = None) -> Snapshot:
         """See `RowStorage.snapshot`."""
         with self._gate:
