@@ -45,7 +45,7 @@ class PageStream(PageRead, Protocol):
         """
 
 
-class PageReader(Protocol):
+class RunReader(Protocol):
     """Reads runs of pages of open files. Thread safe."""
 
     def start(
@@ -68,6 +68,13 @@ class PageReader(Protocol):
         begins, so that it is known of even where a signal keeps this from returning.
         """
 
+    def close(self) -> None:
+        """Stop the reader's threads; reads that were started end first."""
+
+
+class PageReader(RunReader, Protocol):
+    """And streams of runs that need more memory than there is. Thread safe."""
+
     def stream(
         self,
         fd: int,
@@ -86,9 +93,6 @@ class PageReader(Protocol):
         Runs below `limit` are begun at once. `fates` uint32 [runs], zeros: what became of each run. A run
         that fails does not fail the others.
         """
-
-    def close(self) -> None:
-        """Stop the reader's threads; reads that were started end first."""
 
 
 class PageReadFailed(Exception):

@@ -27,7 +27,7 @@ import numpy as np
 
 from tierstore.devices.gds_probe import GdsProbe
 from tierstore.devices.job_table import PLACES, JobReader, rehearse
-from tierstore.kernels.outside_worker import (
+from tierstore.kernels.claim import (
     ADDRESS,
     CLAIM_WORDS,
     DESCRIPTOR,

@@ -24,6 +24,7 @@ from engram_client.arena.atomics import (
     zero_bytes,
 )
 from engram_client.jit import inline_kernel, kernel
+from tierstore.kernels.claim import IDLE_NS, PAGE_BYTES
 from tierstore.kernels.futex import sleep_while
 from tierstore.kernels.jobs import (
     BUFFER,
@@ -41,7 +42,6 @@ from tierstore.kernels.jobs import (
     note_failure,
 )
 from tierstore.kernels.libc import EAGAIN, EINTR, EIO, system_call
-from tierstore.kernels.pread_worker import IDLE_NS, PAGE_BYTES
 
 RING_FD, SQ_HEAD, SQ_TAIL, SQ_ARRAY, SQES, CQ_HEAD, CQ_TAIL, CQES, SQ_MASK, CQ_MASK = range(10)
 RING_WORDS = 10

@@ -7,22 +7,90 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 from engram_client.errors import ConfigError, StorageError
 from tierstore.config import Config, check_config, load_config, memory_limit
 from tierstore.store.store import MakeReader, Store, configured_reader
 
 
+class Closable(Protocol):
+    """What can be opened once."""
+
+    def close(self) -> None: ...
+
+
+T = TypeVar("T", bound=Closable)
+
+
 @dataclass
-class _Shared:
-    store: Store
+class _Shared(Generic[T]):
+    store: T
     config: Config  # it was opened with; budgets may have changed since
     users: int
-    pid: int
 
 
-_shared: dict[Path, _Shared] = {}
-_changing = threading.Lock()
+class OpenStores(Generic[T]):
+    """The stores of one kind that this process has open, by their directories."""
+
+    def __init__(self, kind: str, disown: Callable[[T], None] = lambda store: None) -> None:
+        """`kind` is for errors; `disown` is told in a forked child of each store that stays its parent's."""
+        self._kind, self._disown = kind, disown
+        self._forget()
+        os.register_at_fork(after_in_child=self._disown_after_fork)
+
+    def open(
+        self, path: Path, config: Config | None, make: Callable[[Config], T]
+    ) -> tuple[T, Callable[[], None]]:
+        """The store of `path`, and the function that lets go of it (idempotent).
+
+        Where it is not open, `make` opens it, with the defaults and the environment where there is no
+        `config`. Raises ConfigError where it is open with another one, and what `make` raises.
+        """
+        with self._changing:
+            shared = self._shared.get(path)
+            if shared is None:
+                given = config or load_config(file=None, environ=os.environ, flags={}).config
+                shared = self._shared[path] = _Shared(make(given), given, 0)
+            elif config is not None and config != shared.config:
+                raise ConfigError(
+                    f"{self._kind} {path} is already open in this process with another configuration; "
+                    "close it first, or open it without a configuration to share it"
+                )
+            shared.users += 1
+        return shared.store, self._releaser(path, shared)
+
+    def _releaser(self, path: Path, shared: _Shared[T]) -> Callable[[], None]:
+        released, opener = False, os.getpid()
+
+        def release() -> None:
+            nonlocal released
+            if os.getpid() != opener:
+                return
+            with self._changing:
+                if released:
+                    return
+                released = True
+                shared.users -= 1
+                if shared.users == 0:
+                    del self._shared[path]
+                    shared.store.close()
+
+        return release
+
+    def _forget(self) -> None:
+        self._shared: dict[Path, _Shared[T]] = {}
+        self._changing = threading.Lock()
+
+    def _disown_after_fork(self) -> None:
+        """The parent's stores stay the parent's; its lock on them must not live on in a child."""
+        stores = [shared.store for shared in self._shared.values()]
+        self._forget()
+        for store in stores:
+            self._disown(store)
+
+
+_stores = OpenStores("store", Store.disown_after_fork)
 
 
 def open_store(
@@ -42,53 +110,9 @@ def open_store(
     path = Path(directory).resolve()
     if not path.is_dir():
         raise StorageError(f"no store directory {path}; make one with `tierstore pack SOURCE {path}`")
-    with _changing:
-        shared = _shared.get(path)
-        if shared is None:
-            checked = _checked(config)
-            shared = _shared[path] = _Shared(Store(path, checked, make_reader), checked, 0, os.getpid())
-        elif config is not None and config != shared.config:
-            raise ConfigError(
-                f"store {path} is already open in this process with another configuration; "
-                "close it first, or open it without a configuration to share it"
-            )
-        shared.users += 1
-    return shared.store, _releaser(path, shared)
 
+    def make(given: Config) -> Store:
+        check_config(given, memory_limit())
+        return Store(path, given, make_reader)
 
-def _checked(config: Config | None) -> Config:
-    if config is None:
-        return load_config(file=None, environ=os.environ, flags={}).config
-    check_config(config, memory_limit())
-    return config
-
-
-def _releaser(path: Path, shared: _Shared) -> Callable[[], None]:
-    released = False
-
-    def release() -> None:
-        nonlocal released
-        if shared.pid != os.getpid():
-            return
-        with _changing:
-            if released:
-                return
-            released = True
-            shared.users -= 1
-            if shared.users == 0:
-                del _shared[path]
-                shared.store.close()
-
-    return release
-
-
-def _disown_after_fork() -> None:
-    """The parent's stores stay the parent's; its lock on them must not live on in a child."""
-    global _changing
-    _changing = threading.Lock()
-    for shared in _shared.values():
-        shared.store.disown_after_fork()
-    _shared.clear()
-
-
-os.register_at_fork(after_in_child=_disown_after_fork)
+    return _stores.open(path, config, make)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tierstore.devices.base import PageRead
+from tierstore.devices.base import RunReader
 from tierstore.devices.opening import open_reader
 from tierstore.format.direct import begin_writing, open_direct, sync_folder
 from tierstore.store.lock import acquire_lock
@@ -23,25 +23,6 @@ from tierstore.updates.step_index import LmdbSteps, StepIndex
 
 class Owned(Protocol):
     """A folder that is ours until this is closed."""
-
-    def close(self) -> None: ...
-
-
-class RunReader(Protocol):
-    """The part of a `PageReader` that is asked for here."""
-
-    def start(
-        self,
-        fd: int,
-        first_pages: np.ndarray,
-        page_counts: np.ndarray,
-        slots: np.ndarray,
-        buffer: int,
-        *,
-        hint: bool,
-        reads: list[PageRead],
-    ) -> PageRead:
-        """See `PageReader`."""
 
     def close(self) -> None: ...
 

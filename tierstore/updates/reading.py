@@ -13,12 +13,11 @@ import numpy as np
 
 from engram_client.deadline import Deadline
 from engram_client.errors import StorageError
-from tierstore.devices.base import PageRead, PageReadFailed
+from tierstore.devices.base import PageRead, PageReadFailed, RunReader
 from tierstore.format.direct import aligned_bytes
 from tierstore.format.geometry import PAGE_BYTES
 from tierstore.kernels.update_log import copy_pieces
 from tierstore.tiers.plan import Pieces, Window, plan_pieces
-from tierstore.updates.disk import RunReader
 
 BUFFERS_MAX = 4
 GAP_PAGES_MAX, RUN_PAGES_MAX = 3, 16

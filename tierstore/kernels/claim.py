@@ -1,12 +1,11 @@
-"""Claiming runs of the job table for workers that read with something other than a system call.
+"""Claiming runs of the job table one at a time, for workers that read each whole before the next.
 
-Such a worker sleeps and claims in here, leaves to read, and comes back to say how it went. It costs an entry
-into Python a run, so it pays for long runs only.
+A worker in a kernel calls these from there. One that reads with something other than a system call sleeps and
+claims in here, leaves to read, and comes back to say how it went; that costs an entry into Python a run, so
+it pays for long runs only.
 """
 
 from __future__ import annotations
-
-import numpy as np
 
 from engram_client.arena.atomics import load_acquire, load_word
 from engram_client.jit import kernel
@@ -29,14 +28,13 @@ from tierstore.kernels.jobs import (
 
 PAGE_BYTES = 4096
 IDLE_NS = 60 * NANOSECONDS
-PLACE, RUN, DESCRIPTOR, FIRST_PAGE, PAGES, ADDRESS = range(6)
-CLAIM_WORDS = 6
+PLACE, RUN, DESCRIPTOR, FIRST_PAGE, PAGES, ADDRESS, TIMESPEC = range(7)
+CLAIM_WORDS = TIMESPEC + 2
 
 
 @kernel
 def wait_for_run(table, places, start, claim):
     """Sleep until there is a run, and write it into `claim` int64 [CLAIM_WORDS]; False once stopped."""
-    scratch = np.zeros(2, np.int64)
     while True:
         epoch = load_acquire(table + EPOCH)
         place, run = claim_run(table, places, start)
@@ -50,8 +48,7 @@ def wait_for_run(table, places, start, claim):
             return True
         if load_acquire(table + STOPPING):
             return False
-        timespec = scratch.ctypes.data  # taken here: numba frees an array after its last mention
-        sleep_while(table + EPOCH, epoch, IDLE_NS, timespec)
+        sleep_while(table + EPOCH, epoch, IDLE_NS, claim[TIMESPEC:].ctypes.data)
 
 
 @kernel
