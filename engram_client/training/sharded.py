@@ -20,6 +20,7 @@ wait for each other as long as the training's `timeout`.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -185,6 +186,14 @@ class ShardedTraining:
     def step(self) -> int | None:
         """The last step this rank has committed."""
         return self._training.step()
+
+    def snapshot(self, out: str | os.PathLike[str], *, step: int | None = None) -> Any:
+        """Copy this rank's share, as of a committed step (None: the last), into the new folder `out`/RANK.
+
+        When all ranks have, `tierstore export OUT/* ...` and its kin put the tables together, while training
+        goes on. Not collective; raises as `Training.snapshot`.
+        """
+        return self._training.snapshot(os.path.join(out, str(self.rank)), step=step or self.step())
 
     def stats(self) -> dict[str, int]:
         """What this rank's exchange has done: times that all ranks met, bytes sent to others, microseconds in

@@ -230,6 +230,7 @@ def test_two_ranks_are_one_process_bit_for_bit_also_after_a_crash_between_their_
         micro=1,
         last=6,
         commits=(4, 6),
+        copies=str(tmp_path / "copies"),
         model=models,
     )
     for result in results:
@@ -238,7 +239,8 @@ def test_two_ranks_are_one_process_bit_for_bit_also_after_a_crash_between_their_
     assert joined(results) == expected[2:6]
 
     whole, anew = tmp_path / "whole", tmp_path / "anew"
-    assert main(["snapshot", *stores, str(whole), "--quiet"]) == 0
+    copies = [str(tmp_path / "copies" / str(rank)) for rank in range(2)]  # made while they trained
+    assert main(["snapshot", *copies, str(whole), "--quiet"]) == 0
     assert main(["reshard", str(whole), "--world", "2", "--out", str(anew), "--quiet"]) == 0
     models, stores = [f"{store}-6.pt" for store in stores], [str(anew / str(rank)) for rank in range(2)]
     meet = tmp_path / "meet3"

@@ -127,6 +127,8 @@ def run_train(told: dict[str, Any]) -> dict[str, Any]:
                 return {"error": error, "steps": training.steps()}
         if pending:
             pending.wait()
+        if copies := told.get("copies"):
+            training.snapshot(copies)
         rows = {name: everything(training, name) for name in TABLES}
         return {"begins": begins, "losses": losses, "rows": rows, "steps": training.steps()}
 
