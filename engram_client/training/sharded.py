@@ -193,7 +193,8 @@ class ShardedTraining:
         When all ranks have, `tierstore export OUT/* ...` and its kin put the tables together, while training
         goes on. Not collective; raises as `Training.snapshot`.
         """
-        return self._training.snapshot(os.path.join(out, str(self.rank)), step=step or self.step())
+        wanted = self.step() if step is None else step
+        return self._training.snapshot(os.path.join(out, str(self.rank)), step=wanted)
 
     def stats(self) -> dict[str, int]:
         """What this rank's exchange has done: times that all ranks met, bytes sent to others, microseconds in
