@@ -36,6 +36,7 @@ from tierstore.store.gate import Gate
 from tierstore.tiers.trained import TrainedArena
 from tierstore.training.arenas import Arenas
 from tierstore.training.behind import Behind
+from tierstore.training.compiling import compiled_beside
 from tierstore.training.counters import TrainingCounters
 from tierstore.training.gradients import not_finite, refusal, summed
 from tierstore.training.reading import Reading
@@ -88,7 +89,8 @@ class TrainingStore:
     def open(cls, directory: Path | str, config: Training) -> TrainingStore:
         """At the last committed step. Raises FormatError, StoreLocked, StorageError, DataCorrupt,
         ConfigError."""
-        storage = RowStorage.open(Path(directory) / FOLDER, config)
+        with compiled_beside():
+            storage = RowStorage.open(Path(directory) / FOLDER, config)
         try:
             return cls(Path(directory), config, storage)
         except BaseException:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 from tierbench.delivery import add_delivery_arguments, deliver
@@ -33,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     publishing = Publishing(args.dir / "publish", args.rows, args.dim, args.seed)
-    results = {"phases": publishing.measure(args.rounds, args.phase_s, args.ids, args.dram_bytes)}
+    with closing(publishing):
+        results = {"phases": publishing.measure(args.rounds, args.phase_s, args.ids, args.dram_bytes)}
     results["longest_ms"] = max(p["longest_ms"][0] for k, p in results["phases"].items() if k != "quiet")
     return deliver("publish", args, results, _lines(results), COLUMNS)
 
