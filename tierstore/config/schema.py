@@ -255,6 +255,9 @@ class Training(Section, frozen=True):
     fold_batch_bytes: Annotated[
         ByteSize, Meta(ge=4 * KIB, le=GIB, description="pages that a fold writes at a time, twice each")
     ] = 32 * MIB
+    fold_rows_bytes: Annotated[
+        ByteSize, Meta(ge=64 * KIB, description="memory for rows on their way from the log to pages")
+    ] = 128 * MIB
     keep_steps: Annotated[
         int, Meta(ge=1, le=10_000, description="committed steps that can be gone back to, the last included")
     ] = 2
@@ -268,7 +271,7 @@ class Training(Section, frozen=True):
         int, Meta(ge=1, le=1024, description="reads of rows from log and pages in flight at once")
     ] = 32
     read_buffer_bytes: Annotated[
-        ByteSize, Meta(ge=64 * KIB, le=GIB, description="page buffer of one read of rows; four at most")
+        ByteSize, Meta(ge=256 * KIB, le=GIB, description="page buffer of one read of rows; four at most")
     ] = 4 * MIB
 
 

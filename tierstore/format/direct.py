@@ -9,6 +9,7 @@ import logging
 import mmap
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,18 @@ from engram_client.errors import StorageError
 log = logging.getLogger(__name__)
 
 LIBC = ctypes.CDLL(None, use_errno=True)
-SYNC_FILE_RANGE_WRITE = 2
+SYNC_FILE_RANGE_WRITE, SYNC_FILE_RANGE_WAIT = 2, 1 | 4  # wait: before and after
 NOT_OFFERED = (errno.ENOSYS, errno.EINVAL, errno.ESPIPE)  # by the kernel, or for this kind of file
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def aligned_bytes(count: int) -> np.ndarray:
-    """uint8 [count] of zeros that starts on a page boundary, as O_DIRECT wants it."""
-    return np.frombuffer(mmap.mmap(-1, max(1, count)), dtype=np.uint8)[:count]
+def aligned_bytes(count: int, *, huge: bool = False) -> np.ndarray:
+    """uint8 [count] of zeros that starts on a page boundary, as O_DIRECT wants it; on huge pages if asked."""
+    memory = mmap.mmap(-1, max(1, count))
+    if huge:
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8)[:count]
 
 
 def open_direct(path: Path, flags: int) -> int:
@@ -96,7 +101,16 @@ def leave_direct(fd: int, path: Path) -> bool:
 
 def begin_writing(fd: int, offset: int, count: int) -> None:
     """Have the kernel begin to write what lies in the page cache of these bytes. Raises OSError."""
-    if LIBC.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(count), SYNC_FILE_RANGE_WRITE):
+    _write_range(fd, offset, count, SYNC_FILE_RANGE_WRITE)
+
+
+def end_writing(fd: int, offset: int, count: int) -> None:
+    """Return when these bytes have been written; that they stay, only a sync says. Raises OSError."""
+    _write_range(fd, offset, count, SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT)
+
+
+def _write_range(fd: int, offset: int, count: int, flags: int) -> None:
+    if LIBC.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(count), flags):
         number = ctypes.get_errno()
         if number not in NOT_OFFERED:
             raise OSError(number, os.strerror(number))

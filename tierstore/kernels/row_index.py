@@ -1,7 +1,8 @@
 """Row id -> position in the update log: open addressing, 16 bytes a place, probed one after another.
 
-`keys` int64 [2^b], -1 where a place is free, and `values` int64 [2^b]. Nothing is removed singly: what has
-left the log is dropped when the map is written anew (`move_from`).
+`keys` int64 [2^b] hold row + 1, 0 where a place is free, so new memory that nobody has touched is an empty
+map; `values` int64 [2^b]. Nothing is removed singly: what lies before `least` counts as not there, and is
+left behind when the map is moved to another one, some places at a time.
 """
 
 from __future__ import annotations
@@ -10,35 +11,33 @@ import numpy as np
 
 from engram_client.jit import inline_kernel, kernel
 
-FREE = -1
+FREE = 0
 U64 = np.uint64
 
 
 @inline_kernel
-def _home(row, mask):
-    mixed = (U64(row) ^ (U64(row) >> U64(32))) * U64(0x9E3779B97F4A7C15)
+def _home(key, mask):
+    mixed = (U64(key) ^ (U64(key) >> U64(32))) * U64(0x9E3779B97F4A7C15)
     return np.int64((mixed >> U64(20)) ^ (mixed >> U64(44))) & mask
 
 
 @inline_kernel
-def _place(keys, row):
-    """Where `row` lies, or the free place where it would."""
+def _place(keys, key):
+    """Where `key` lies, or the free place where it would."""
     mask = keys.size - 1
-    place = _home(row, mask)
-    while keys[place] != row and keys[place] != FREE:
+    place = _home(key, mask)
+    while keys[place] != key and keys[place] != FREE:
         place = (place + 1) & mask
     return place
 
 
 @kernel
-def find(keys, values, rows, positions):
-    """Write the position of each of `rows` int64 [n], or -1, to `positions`; how many are there."""
-    found = 0
+def find(keys, values, least, rows, positions):
+    """Write the position of each of `rows` int64 [n] that is here to `positions`; leave the others' alone."""
     for i in range(rows.size):
-        place = _place(keys, rows[i])
-        positions[i] = values[place] if keys[place] == rows[i] else -1
-        found += keys[place] == rows[i]
-    return found
+        place = _place(keys, rows[i] + 1)
+        if keys[place] != FREE and values[place] >= least:
+            positions[i] = values[place]
 
 
 @kernel
@@ -46,32 +45,29 @@ def put(keys, values, rows, first, stride):
     """rows[i] now lies at `first` + i * stride; how many rows are new. There must be free places."""
     new = 0
     for i in range(rows.size):
-        place = _place(keys, rows[i])
+        place = _place(keys, rows[i] + 1)
         new += keys[place] == FREE
-        keys[place] = rows[i]
+        keys[place] = rows[i] + 1
         values[place] = first + i * stride
     return new
 
 
 @kernel
-def move_from(keys, values, least, new_keys, new_values):
-    """Put what lies at `least` or behind into an empty map; how many those are."""
-    moved = 0
-    for place in range(keys.size):
-        if keys[place] != FREE and values[place] >= least:
-            target = _place(new_keys, keys[place])
-            new_keys[target], new_values[target] = keys[place], values[place]
-            moved += 1
-    return moved
+def move(keys, values, start, stop, least, new_keys, new_values):
+    """Put what lies in places [start, stop), at `least` or behind, into another map that does not have it.
 
-
-@kernel
-def count_from(keys, values, least):
-    """How many rows lie at `least` or behind."""
-    count = 0
-    for place in range(keys.size):
-        count += keys[place] != FREE and values[place] >= least
-    return count
+    Returns how many there were, and how many rows the other map has more.
+    """
+    were = moved = 0
+    for place in range(start, stop):
+        if keys[place] != FREE:
+            were += 1
+            if values[place] >= least:
+                target = _place(new_keys, keys[place])
+                if new_keys[target] == FREE:  # else it was put there since, and lies later in the log
+                    new_keys[target], new_values[target] = keys[place], values[place]
+                    moved += 1
+    return were, moved
 
 
 @kernel
@@ -80,6 +76,6 @@ def take_all(keys, values, rows, positions):
     taken = 0
     for place in range(keys.size):
         if keys[place] != FREE:
-            rows[taken], positions[taken] = keys[place], values[place]
+            rows[taken], positions[taken] = keys[place] - 1, values[place]
             taken += 1
     return taken

@@ -11,7 +11,9 @@ import numpy as np
 from engram_client.arena.atomics import copy_bytes
 from engram_client.jit import kernel
 from tierstore.kernels.checksum import PAYLOAD_WORDS, page_checksum
+from tierstore.kernels.libc import EINTR, EIO, pwrite
 
+PAGE_BYTES = 4096
 EPOCH_WORD = 510
 U64 = np.uint64
 
@@ -41,22 +43,46 @@ def seal_pages_of_epoch(pages, page_numbers, epoch, low, high):
 
 @kernel
 def put_rows(rows, ids, units, rows_per_page, pages_per_row, room_bytes, pages):
-    """Copy rows uint8 [n, row_bytes] to where they lie in pages uint64 [m, 512].
+    """Copy rows uint8 [n, row_bytes], whose ids ascend, to where they lie in pages uint64 [m, 512].
 
     `units` int64 [u], ascending: the page (or, where a row owns pages, the row) whose pages_per_row pages of
     the array come one after another. Every row's unit must be among them.
     """
-    row_bytes = rows.shape[1]
-    source = np.int64(rows.ctypes.data)
+    row_bytes, number = rows.shape[1], 0
+    source, target = np.int64(rows.ctypes.data), np.int64(pages.ctypes.data)
     for i in range(ids.size):
         unit = ids[i] // rows_per_page if rows_per_page else ids[i]
-        page = np.searchsorted(units, unit) * pages_per_row
+        while units[number] != unit:
+            number += 1
+        at = target + number * pages_per_row * PAGE_BYTES
         if rows_per_page:
-            at = np.int64(pages[page].ctypes.data) + ids[i] % rows_per_page * row_bytes
-            copy_bytes(at, source + i * row_bytes, row_bytes)
+            copy_bytes(at + ids[i] % rows_per_page * row_bytes, source + i * row_bytes, row_bytes)
             continue
         for part in range(pages_per_row):
             done = part * room_bytes
-            at = np.int64(pages[page + part].ctypes.data)
-            copy_bytes(at, source + i * row_bytes + done, min(room_bytes, row_bytes - done))
-    return rows.size
+            copy_bytes(
+                at + part * PAGE_BYTES, source + i * row_bytes + done, min(room_bytes, row_bytes - done)
+            )
+    return rows.size + pages.size
+
+
+@kernel
+def write_pages(fd, images, page_numbers):
+    """Write images uint64 [n, 512] to pages `page_numbers` int64 [n], ascending, of a file.
+
+    Adjacent ones go together. Returns 0, or minus errno.
+    """
+    start, source = 0, np.int64(images.ctypes.data)
+    while start < page_numbers.size:
+        stop = start + 1
+        while stop < page_numbers.size and page_numbers[stop] == page_numbers[stop - 1] + 1:
+            stop += 1
+        done, count = 0, (stop - start) * PAGE_BYTES
+        while done < count:
+            offset = page_numbers[start] * PAGE_BYTES + done
+            wrote = pwrite(fd, source + start * PAGE_BYTES + done, count - done, offset)
+            if wrote <= 0 and wrote != -EINTR:
+                return wrote if wrote < 0 else -EIO
+            done += max(0, wrote)
+        start = stop
+    return 0 if images.size >= 0 else -EIO

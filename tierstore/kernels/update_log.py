@@ -18,7 +18,7 @@ U64 = np.uint64
 
 
 @inline_kernel
-def _row_sum(address, row_bytes, row, low, high, salt):
+def row_sum(address, row_bytes, row, low, high, salt):
     return hash_bytes(address, row_bytes, page_seed(row, low ^ salt, high))
 
 
@@ -30,7 +30,7 @@ def pack_entries(rows, row_bytes, stride, ids, low, high, salt, target):
         entry = target + i * stride
         zero_bytes(entry + stride - 16, 16)
         copy_bytes(entry, source + i * row_bytes, row_bytes)
-        store_word(entry + stride - 8, np.int64(_row_sum(entry, row_bytes, ids[i], low, high, salt)))
+        store_word(entry + stride - 8, np.int64(row_sum(entry, row_bytes, ids[i], low, high, salt)))
     return rows.size
 
 
@@ -40,33 +40,10 @@ def first_bad_entry(entries, row_bytes, stride, ids, low, high, salt):
     source, found = np.int64(entries.ctypes.data), -1
     for i in range(ids.size):
         entry = source + i * stride
-        if _row_sum(entry, row_bytes, ids[i], low, high, salt) != U64(load_word(entry + stride - 8)):
+        if row_sum(entry, row_bytes, ids[i], low, high, salt) != U64(load_word(entry + stride - 8)):
             found = i
             break
     return found if entries.size >= 0 else -1
-
-
-@kernel
-def first_bad_row(entries, row_bytes, stride, ids, positions, starts, salts, low, high):
-    """As `first_bad_entry`, for entries of many blocks: `positions` int64 [n] in the log say of which.
-
-    `starts` int64 and `salts` uint64 [blocks]: where each block starts, ascending, and its salt.
-    """
-    source, found = np.int64(entries.ctypes.data), -1
-    for i in range(ids.size):
-        salt = salts[np.searchsorted(starts, positions[i], side="right") - 1]
-        entry = source + i * stride
-        if _row_sum(entry, row_bytes, ids[i], low, high, salt) != U64(load_word(entry + stride - 8)):
-            found = i
-            break
-    return found if entries.size >= 0 else -1
-
-
-@kernel
-def copy_rows(source, stride, places, targets, row_bytes, out):
-    """Row places[i] of memory at `source` goes to row targets[i] of `out`; both int64 [n], addresses."""
-    for i in range(places.size):
-        copy_bytes(out + targets[i] * row_bytes, source + places[i] * stride, row_bytes)
 
 
 @kernel

@@ -17,7 +17,7 @@ from tierstore.updates import RowStorage, TrainedSpec
 
 FOLDER = "training"  # of a store directory
 BATCH_BYTES = 1 << 20  # of rows that are read at once: who trains meanwhile waits for no more
-BUFFER_BYTES_MIN = 64 << 10  # for pages
+BUFFER_BYTES_MIN = 256 << 10  # for pages
 KEEP_ALL_STEPS = 10_000  # reading a store drops no step
 
 

@@ -211,6 +211,11 @@ class CrashingDisk(Disk):
     def write_out(self, fd: int, data: np.ndarray, offset: int) -> None:
         self.write(fd, data, offset)
 
+    def write_pages(self, fd: int, images: np.ndarray, page_numbers: np.ndarray) -> None:
+        cuts = np.flatnonzero(np.diff(page_numbers) != 1) + 1
+        for number, run in zip(page_numbers[[0, *cuts]].tolist(), np.split(images, cuts), strict=True):
+            self.write(fd, run.reshape(-1).view(np.uint8), number * PAGE)
+
     def read(self, fd: int, into: np.ndarray, offset: int) -> int:
         found = self._file("read", fd).read(offset, into.size)
         into[: len(found)] = np.frombuffer(found, np.uint8)
@@ -347,7 +352,7 @@ class CrashingReader:
         *,
         hint: bool,
         reads: list[PageRead],
-    ) -> EndedRead:
+    ) -> PageRead:
         failed, runs = None, (first_pages.tolist(), page_counts.tolist(), slots.tolist())
         for first, count, slot in zip(*runs, strict=True):
             memory = (ctypes.c_uint8 * (count * PAGE)).from_address(buffer + slot * PAGE)
@@ -355,7 +360,8 @@ class CrashingReader:
                 self._disk.read(fd, np.frombuffer(memory, np.uint8), first * PAGE)
             except OSError as error:
                 failed = PageReadFailed(first, error.errno or errno.EIO)
-        return EndedRead(failed)
+        reads.append(EndedRead(failed))
+        return reads[-1]
 
     def close(self) -> None:
         pass

@@ -27,6 +27,11 @@ class Pieces:
     lengths: np.ndarray | None  # bytes; None where every piece is a whole row
     targets: np.ndarray  # bytes from the start of the output
 
+    def those(self, chosen: np.ndarray) -> Pieces:
+        """The pieces of `chosen`, bool [n]."""
+        lengths = None if self.lengths is None else self.lengths[chosen]
+        return Pieces(self.pages[chosen], self.page_offsets[chosen], lengths, self.targets[chosen])
+
     def sorted_by_page(self) -> Pieces:
         order = np.empty_like(self.pages)
         sort_pages(self.pages, order)

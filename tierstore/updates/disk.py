@@ -16,7 +16,9 @@ import numpy as np
 
 from tierstore.devices.base import RunReader
 from tierstore.devices.opening import open_reader
-from tierstore.format.direct import begin_writing, open_direct, sync_folder
+from tierstore.format.direct import begin_writing, end_writing, open_direct, sync_folder
+from tierstore.format.geometry import PAGE_BYTES
+from tierstore.kernels.trained_pages import write_pages
 from tierstore.store.lock import acquire_lock
 from tierstore.updates.step_index import LmdbSteps, StepIndex
 
@@ -31,6 +33,7 @@ CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTS
 SECTOR_BYTES = 512
 WRITE_BYTES = 8 << 20  # of one system call, so that none holds a signal up for long
 WRITE_OUT_BYTES = 1 << 20  # the disk works on these while the next is copied
+ON_THEIR_WAY = 2  # as many of them, where others are not to wait
 
 
 class Disk:
@@ -71,6 +74,23 @@ class Disk:
             part = data[start : start + WRITE_OUT_BYTES]
             self.write(fd, part, offset + start)
             begin_writing(fd, offset + start, part.size)
+
+    def write_pages(self, fd: int, images: np.ndarray, page_numbers: np.ndarray) -> None:
+        """Pages uint64 [n, 512] to their places in a file: int64 [n], ascending.
+
+        Little at a time is on its way to the disk, so that reads of others find their way between.
+        """
+        step, ranges = WRITE_OUT_BYTES // PAGE_BYTES, list[tuple[int, int]]()
+        for start in range(0, page_numbers.size, step):
+            part = page_numbers[start : start + step]
+            failed = write_pages(fd, images[start : start + step], part)
+            if failed:
+                raise OSError(-failed, os.strerror(-failed))
+            first, last = int(part[0]), int(part[-1])
+            ranges.append((first * PAGE_BYTES, (last + 1 - first) * PAGE_BYTES))
+            begin_writing(fd, *ranges[-1])
+            if len(ranges) > ON_THEIR_WAY:
+                end_writing(fd, *ranges[-1 - ON_THEIR_WAY])
 
     def read(self, fd: int, into: np.ndarray, offset: int) -> int:
         """Fill `into`, uint8, from byte `offset`; fewer bytes only at the file's end."""

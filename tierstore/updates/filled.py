@@ -89,7 +89,7 @@ class _Filling:
         units = np.unique(self._pages.units(ids))
         images = np.zeros((units.size * g.pages_per_row, PAGE_BYTES // 8), np.uint64)
         place = (units, g.rows_per_page, g.pages_per_row, g.room_bytes, images)
-        others, fresh = self._pages.initial_rows(self._reader, units)
+        others, fresh = self._pages.initial_rows(self._reader, units, ids)
         put_rows(fresh, others, *place)
         put_rows(rows, ids, *place)
         numbers = self._pages.pages_of(units)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 from engram_client.errors import DataCorrupt, StorageError
-from tierstore.updates.fold import FoldParts, fold
+from tierstore.updates.fold import FoldBatch, FoldParts, fold
 from tierstore.updates.scan import Committed
 from tierstore.updates.steps import Steps
 
@@ -37,7 +39,9 @@ class Folding:
         self.failure: StorageError | None = None
         self.folds = self.pages_written = 0
         self._thread: threading.Thread | None = None
+        self._writer: ThreadPoolExecutor | None = None
         if background:
+            self._writer = ThreadPoolExecutor(1, thread_name_prefix="tierstore-fold-write")
             self._thread = threading.Thread(target=self._run, name="tierstore-fold", daemon=True)
             self._thread.start()
 
@@ -126,6 +130,8 @@ class Folding:
             self._changed.notify_all()
         if self._thread:
             self._thread.join()
+        if self._writer:
+            self._writer.shutdown()
         self._active = None
 
     def _begin(self) -> bool:
@@ -135,8 +141,20 @@ class Folding:
                 return False
             self._steps.floor = max(self._steps.floor, target.start)
             self._number = max(self._number, self._parts.superblock.folded.folds) + 1
-            self._active = fold(self._parts, self._number, target, lambda: self._finish(target))
+            finish = partial(self._finish, target)
+            self._active = fold(self._parts, self._number, target, finish, self._beside)
         return True
+
+    def _beside(self, write: Callable[[], None], prepare: Callable[[], FoldBatch | None]) -> FoldBatch | None:
+        """A batch is written while the next is made, where there may be threads."""
+        if self._writer is None:
+            write()
+            return prepare()
+        writing = self._writer.submit(write)
+        try:
+            return prepare()
+        finally:
+            writing.result()
 
     def _due(self) -> bool:
         if self._working or self._pauses or self.failure is not None:

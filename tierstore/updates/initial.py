@@ -38,6 +38,11 @@ class InitialRows:
             self._base.close()
             self._base = None
 
+    @property
+    def are_zeros(self) -> bool:
+        initial = self._spec.initial
+        return initial.kind == "zeros" or (initial.kind == "normal" and initial.std == 0)
+
     def fill(
         self, ids: np.ndarray, targets: np.ndarray, out: np.ndarray, reader: PieceReader, deadline: Deadline
     ) -> None:

@@ -65,7 +65,7 @@ class Journal:
         header = (packed + checksum_of(packed).to_bytes(8, "little")).ljust(PAGE_BYTES, b"\0")
         first = np.concatenate([np.frombuffer(header, np.uint8), numbers.view(np.uint8)])
         self._disk.write(self._fd, first, 0)
-        self._disk.write(self._fd, images.reshape(-1).view(np.uint8), first.size)
+        self._disk.write_pages(self._fd, images, first.size // PAGE_BYTES + np.arange(page_numbers.size))
         self._disk.sync(self._fd)
 
     def replay(self, after: int) -> int:

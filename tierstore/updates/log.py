@@ -136,6 +136,12 @@ class UpdateLog:
         """Blocks of rows of a table that are not written yet, ascending."""
         return [q for q in self._queue if q.kind == ROWS and q.table == table]
 
+    def rows_left(self, table: int, start: int) -> int:
+        """Of a table, in blocks from `start` on, written or not; a row counts as often as it is there."""
+        blocks = self.blocks.all()
+        written = int(blocks["count"][(blocks["table"] == table) & (blocks["position"] >= start)].sum())
+        return written + sum(q.count for q in self.waiting(table))
+
     def has_room(self, count: int) -> bool:
         """Whether so many bytes of rows fit; into an empty queue anything does."""
         return self._queued_bytes + count <= self._queue_bytes or not self._queue

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from engram_client.deadline import Deadline
-from tierstore.kernels.update_log import copy_rows, copy_waiting, first_bad_row
+from tierstore.kernels.log_entries import take_entries
+from tierstore.kernels.runs import sort_pages
+from tierstore.kernels.update_log import copy_waiting
 from tierstore.updates.blocks import stride_of
 from tierstore.updates.log import Queued, UpdateLog
-from tierstore.updates.reading import PieceReader, spans
+from tierstore.updates.reading import LandedEntries, PieceReader
 from tierstore.updates.segments import Segment
-
-CHUNK_BYTES = 8 << 20  # of entries that are put together at a time
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,16 @@ class LogRows:
         stored = np.flatnonzero((positions >= 0) & (positions < view.written))
         if stored.size == 0:
             return
-        stored = stored[np.argsort(positions[stored])]
+        order = np.empty_like(stored)
+        sort_pages(positions[stored], order)
+        stored = stored[order]
         bases = np.array([s.base for s in view.segments])
-        of = np.searchsorted(bases, positions[stored], side="right") - 1
-        step = max(1, CHUNK_BYTES // self._stride)
-        for number in np.unique(of):
-            mine = stored[of == number]
-            for start in range(0, mine.size, step):
-                chunk = mine[start : start + step]
-                self._read_stored(
-                    view, view.segments[number], ids[chunk], positions[chunk], chunk, out, deadline
-                )
+        bounds = np.searchsorted(positions[stored], [*bases[1:].tolist(), view.written])
+        start = 0
+        for segment, stop in zip(view.segments, bounds.tolist(), strict=True):
+            if stop > start:
+                self._read_stored(view, segment, ids, positions, stored[start:stop], out, deadline)
+            start = stop
 
     def _read_waiting(self, waiting: list[Queued], positions: np.ndarray, out: np.ndarray) -> None:
         arrays = [q.rows for q in waiting if q.rows is not None]
@@ -85,15 +84,19 @@ class LogRows:
         out: np.ndarray,
         deadline: Deadline,
     ) -> None:
-        entries = np.empty(ids.size * self._stride, np.uint8)
-        where = positions + segment.offset(0)
-        pieces = spans(where, self._stride, np.arange(ids.size) * self._stride)
-        self._reader.read(segment.direct, segment.path, pieces, entries, deadline)
-        starts, salts = view.starts, view.salts
-        bad = first_bad_row(
-            entries, self._row_bytes, self._stride, ids, positions, starts, salts, *self._words
-        )
-        if bad >= 0:
-            raise self._log.segments.damaged(segment, int(positions[bad]), f"row {int(ids[bad])}")
-        copy_rows(int(entries.ctypes.data), self._stride, np.arange(ids.size), targets, self._row_bytes,
-                  int(out.ctypes.data))  # fmt: skip
+        """Rows `targets` of `out`, whose positions ascend, all of one segment."""
+        ids, positions = ids[targets], positions[targets]
+        starts = positions + segment.offset(0)
+
+        def take(landed: LandedEntries) -> None:
+            part, runs = slice(landed.start, landed.stop), landed.runs
+            bad = take_entries(
+                runs.buffer, starts[part], landed.run_of[part], landed.first_run, runs.first_pages,
+                runs.slots, self._stride, self._row_bytes, ids[part], positions[part], view.starts,
+                view.salts, *self._words, targets[part], int(out.ctypes.data),
+            )  # fmt: skip
+            if bad >= 0:
+                bad += landed.start
+                raise self._log.segments.damaged(segment, int(positions[bad]), f"row {int(ids[bad])}")
+
+        self._reader.read_entries(segment.direct, segment.path, starts, self._stride, take, deadline)

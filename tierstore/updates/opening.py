@@ -98,9 +98,10 @@ def index_of(
     Raises DataCorrupt.
     """
     indices = [RowIndex() for _ in tables]
-    for block in blocks:
-        position, table = int(block["position"]), int(block["table"])
-        segment = next(s for s in reversed(segments) if s.base <= position)
-        ids = scan.ids(segment, position, int(block["count"]), int(block["ids_sum"]))
+    bases = np.array([s.base for s in segments])
+    numbers = np.searchsorted(bases, blocks["position"], side="right") - 1
+    for block, number in zip(blocks, numbers.tolist(), strict=True):
+        table, ids = int(block["table"]), np.empty(int(block["count"]), np.int64)
+        scan.ids(segments[number], int(block["position"]), ids, int(block["ids_sum"]))
         indices[table].put(ids, int(block["first_entry"]), stride_of(tables[table].row_bytes))
     return indices

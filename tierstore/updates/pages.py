@@ -4,13 +4,14 @@ Every page has an *expected* epoch: the number of the last completed fold that w
 Expected epochs are kept in memory, 4 bytes a page, and in a side file (epochs.py). A page that was never
 written is not read: its rows are the initial ones, and the file has a hole there.
 
-A fold rewrites pages in place. Whoever reads one meanwhile may find it torn, which its checksum tells, and
-reads it again once the batch is written.
+A fold rewrites pages in place, a batch at a time, and nobody waits for it: while a batch is being written its
+pages are read from memory. Whoever began to read one before that may find it torn, which its checksum tells,
+and reads it again.
 """
 
 from __future__ import annotations
 
-import threading
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import numpy as np
 from engram_client.deadline import Deadline
 from engram_client.errors import DataCorrupt, FormatError
 from engram_client.spec import TableSpec
+from tierstore.format.direct import aligned_bytes
 from tierstore.format.geometry import PAGE_BYTES, Geometry
 from tierstore.format.header import (
     Header,
@@ -29,14 +31,16 @@ from tierstore.format.header import (
     uuid_words,
 )
 from tierstore.kernels.trained_pages import first_wrong_page
+from tierstore.kernels.update_log import copy_pieces
 from tierstore.tiers.plan import Pieces, Window, row_pieces
 from tierstore.updates.disk import Disk
 from tierstore.updates.initial import InitialRows
-from tierstore.updates.reading import PieceReader
+from tierstore.updates.reading import PieceReader, Runs
 from tierstore.updates.spec import TrainedSpec
 
 NO_GENERATION = bytes(16)
-WAIT_SLICE_S = 0.05
+NO_IDS, NO_PAGES = np.zeros(0, np.int64), np.zeros((0, PAGE_BYTES // 8), np.uint64)
+RUN_PAGES_MAX = 16  # of one read: others find their way between
 
 
 class PageWrong(Exception):
@@ -45,6 +49,31 @@ class PageWrong(Exception):
     def __init__(self, page: int) -> None:
         super().__init__(page)
         self.page = page
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Pages that are being written in place, and what they will be."""
+
+    pages: np.ndarray  # int64 [n], ascending
+    images: np.ndarray  # uint64 [n, 512]
+
+    def holds(self, pages: np.ndarray) -> np.ndarray:
+        """Which of `pages` int64 [m] are among them, bool [m]."""
+        if self.pages.size == 0:
+            return np.zeros(pages.size, np.bool_)
+        at = np.minimum(np.searchsorted(self.pages, pages), self.pages.size - 1)
+        found: np.ndarray = self.pages[at] == pages
+        return found
+
+    def copy(self, pieces: Pieces, out: np.ndarray) -> None:
+        """Pieces of pages that are among them to their bytes of `out`, uint8."""
+        assert pieces.lengths is not None
+        slots = np.searchsorted(self.pages, pieces.pages)
+        copy_pieces(
+            int(self.images.ctypes.data), slots, pieces.page_offsets, pieces.lengths, pieces.targets,
+            int(out.ctypes.data),
+        )  # fmt: skip
 
 
 def geometry_of(spec: TrainedSpec) -> tuple[Geometry, bytes]:
@@ -68,8 +97,7 @@ class TablePages:
         self.words = uuid_words(bytes.fromhex(spec.uuid))
         self.epochs = np.zeros(self.geometry.data_pages, np.uint32)  # expected
         self._initial = InitialRows(spec)
-        self._rewriting = threading.Condition()
-        self._rewrites = 0  # odd while pages are being rewritten
+        self._in_writing = Batch(NO_IDS, NO_PAGES)
         self.fd = self._direct = -1
 
     def create(self) -> None:
@@ -127,25 +155,38 @@ class TablePages:
             pieces = Pieces(pieces.pages, pieces.page_offsets, lengths, pieces.targets)
         self._read_checked(reader, pieces, out, deadline)
 
-    def read_units(self, reader: PieceReader, units: np.ndarray, images: np.ndarray) -> None:
-        """The pages of `units` as they are into images uint64 [n, 512]; those never written are made up."""
-        k = self.geometry.pages_per_row
-        written = self.epochs[self._index_of(units)] > 0
-        pages = self.pages_of(units).reshape(-1, k)
-        at = np.arange(pages.size).reshape(-1, k) * PAGE_BYTES
-        images[:] = 0
-        whole = pages[written].ravel()
-        if whole.size:
-            lengths = np.full(whole.size, PAGE_BYTES)
-            pieces = Pieces(whole, np.zeros(whole.size, np.int64), lengths, at[written].ravel())
-            self._read_checked(reader, pieces, images.view(np.uint8), Deadline.after(None))
+    def images_of(self, reader: PieceReader, units: np.ndarray) -> np.ndarray:
+        """The pages of `units`, ascending, as they are: uint64 [n, 512], zeros where never written.
 
-    def initial_rows(self, reader: PieceReader, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int64 and rows uint8 [n, row_bytes] of those of `units` that were never written."""
-        fresh = units[self.epochs[self._index_of(units)] == 0]
-        n = self.geometry.rows_per_page
+        For the one that folds: nobody else writes them.
+        """
+        numbers = self.pages_of(units)
+        memory = aligned_bytes(numbers.size * PAGE_BYTES, huge=True)
+        images = memory.view(np.uint64).reshape(-1, PAGE_BYTES // 8)
+        expected = self.epochs[numbers - self.geometry.first_page]
+        written = np.flatnonzero(expected)
+        if written.size:
+            runs = np.array(_adjacent(numbers[written], RUN_PAGES_MAX))
+            slots = written[runs[:, 0]]
+            landing = Runs(numbers[slots], runs[:, 1] - runs[:, 0], slots, int(memory.ctypes.data))
+            reader.read_pages(self._direct, self.path, landing, memory)
+            wrong = first_wrong_page(images, written, numbers[written], expected[written], *self.words)
+            if wrong >= 0:
+                raise self._damaged(int(numbers[written[wrong]]))
+        return images
+
+    def initial_rows(
+        self, reader: PieceReader, units: np.ndarray, but: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64, ascending, and rows uint8 [n, row_bytes] of those of `units` that were never written.
+
+        Not of ids `but`, nor where rows are zeros initially, as pages are.
+        """
+        fresh, n = units[self.epochs[self._index_of(units)] == 0], self.geometry.rows_per_page
+        if fresh.size == 0 or self._initial.are_zeros:
+            return NO_IDS, np.zeros((0, self.spec.row_bytes), np.uint8)
         ids = (fresh[:, None] * n + np.arange(n)).ravel() if n else fresh
-        ids = ids[ids < self.spec.rows]
+        ids = np.setdiff1d(ids[ids < self.spec.rows], but, assume_unique=True)
         return ids, self.begun_with(reader, ids)
 
     def begun_with(self, reader: PieceReader, ids: np.ndarray) -> np.ndarray:
@@ -176,23 +217,17 @@ class TablePages:
     def rewrite(self, page_numbers: np.ndarray, images: np.ndarray, epoch: int | None) -> None:
         """Write pages in place and sync them; images uint64 [n, 512], sealed, that lie in the journal.
 
-        They are expected to have this epoch from then on; None leaves what is expected as it is.
+        They are expected to have this epoch from then on; None leaves what is expected as it is. Whoever
+        reads them meanwhile is given `images`, so these must not change any more. Raises OSError; they are
+        read from memory then until they are written again.
         """
-        self._mark_rewriting()
-        try:
-            for start, stop in _adjacent(page_numbers):
-                data = images[start:stop].reshape(-1).view(np.uint8)
-                self._disk.write(self.fd, data, int(page_numbers[start]) * PAGE_BYTES)
-        finally:
-            self._mark_rewriting()
+        self._in_writing = Batch(page_numbers, images)
+        self._disk.write_pages(self.fd, images, page_numbers)
         self._disk.sync(self.fd)
+        self._disk.forget(self.fd)
         if epoch is not None:
             self.epochs[page_numbers - self.geometry.first_page] = epoch
-
-    def _mark_rewriting(self) -> None:
-        with self._rewriting:
-            self._rewrites += 1
-            self._rewriting.notify_all()
+        self._in_writing = Batch(NO_IDS, NO_PAGES)  # another one than before, which is what counts
 
     def _index_of(self, units: np.ndarray) -> np.ndarray:
         """Into `epochs`, of a unit's first page: all pages of a unit are written together."""
@@ -210,24 +245,19 @@ class TablePages:
 
         failed = 0
         while True:
-            before = self._settled(deadline)
+            batch = self._in_writing
+            inside = batch.holds(pieces.pages)
             try:
-                reader.read(self._direct, self.path, pieces, out, deadline, check)
+                if inside.any():
+                    batch.copy(pieces.those(inside), out)
+                    reader.read(self._direct, self.path, pieces.those(~inside), out, deadline, check)
+                else:
+                    reader.read(self._direct, self.path, pieces, out, deadline, check)
                 return
             except PageWrong as wrong:
-                failed = failed + 1 if self._rewrites == before else 0
+                failed = failed + 1 if self._in_writing is batch else 0
                 if failed == 2:
                     raise self._damaged(wrong.page) from None
-
-    def _settled(self, deadline: Deadline) -> int:
-        """Wait while pages are being rewritten; their number of times."""
-        with self._rewriting:
-            while self._rewrites % 2:
-                left_s = deadline.remaining_s()
-                if left_s == 0:
-                    raise deadline.exceeded("waiting for pages that are being folded")
-                self._rewriting.wait(WAIT_SLICE_S if left_s is None else min(WAIT_SLICE_S, left_s))
-            return self._rewrites
 
     def _damaged(self, page: int) -> DataCorrupt:
         rows = self.geometry.rows_of_page(page)
@@ -238,8 +268,12 @@ class TablePages:
         )
 
 
-def _adjacent(pages: np.ndarray) -> list[tuple[int, int]]:
-    """[start, stop) of each run of adjacent numbers in ascending `pages`."""
+def _adjacent(pages: np.ndarray, most: int) -> list[tuple[int, int]]:
+    """[start, stop) of each run of up to `most` adjacent numbers in ascending `pages`."""
     cuts = np.flatnonzero(np.diff(pages) != 1) + 1
     bounds = [0, *cuts.tolist(), pages.size]
-    return list(pairwise(bounds))
+    return [
+        (start, min(start + most, end))
+        for begin, end in pairwise(bounds)
+        for start in range(begin, end, most)
+    ]

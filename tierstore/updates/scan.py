@@ -104,13 +104,20 @@ class Scan:
             raise self._segments.damaged(segment, committed.start, f"the commit of step {committed.step}")
         return state
 
-    def ids(self, segment: Segment, position: int, count: int, body_sum: int) -> np.ndarray:
-        """The row ids of the block at `position`, int64. Raises DataCorrupt."""
-        ids = np.zeros(count, np.int64)
+    def ids(self, segment: Segment, position: int, ids: np.ndarray, body_sum: int) -> None:
+        """The row ids of the block at `position` into `ids`, int64 [count]. Raises DataCorrupt."""
         self._disk.read(segment.fd, ids.view(np.uint8), segment.offset(position + HEADER_BYTES))
         if checksum_of(ids) != body_sum:
-            raise self._segments.damaged(segment, position, f"a block of {count} rows")
-        return ids
+            raise self._segments.damaged(segment, position, f"a block of {ids.size} rows")
+
+    def all_ids(self, segments: list[Segment], blocks: np.ndarray, ids: np.ndarray) -> None:
+        """The row ids of all of `blocks` (BLOCK [n], ascending), one after the other, into `ids`."""
+        bases, start = np.array([s.base for s in segments]), 0
+        numbers = np.searchsorted(bases, blocks["position"], side="right") - 1
+        for block, number in zip(blocks, numbers.tolist(), strict=True):
+            stop = start + int(block["count"])
+            self.ids(segments[number], int(block["position"]), ids[start:stop], int(block["ids_sum"]))
+            start = stop
 
     def _segment_at(self, position: int) -> int | None:
         """The last segment that starts at or before `position`."""

@@ -121,7 +121,9 @@ class Segments:
         with self._lock:
             for segment in segments:
                 segment.users -= 1
-                self._close_if_done(segment)
+            unused = [s for s in segments if s.dropped and s.users == 0]
+        for segment in unused:  # without the lock: a file that has no name frees its blocks here
+            self._close(segment)
 
     def drop_before(self, position: int) -> None:
         """Remove segments that end at or before `position`."""
@@ -210,10 +212,8 @@ class Segments:
             for segment in segments:
                 self.all.remove(segment)
                 segment.dropped = True
-                self._close_if_done(segment)
-
-    def _close_if_done(self, segment: Segment) -> None:
-        if segment.dropped and segment.users == 0 and segment.fd >= 0:
+            unused = [s for s in segments if s.users == 0]
+        for segment in unused:
             self._close(segment)
 
     def _close(self, segment: Segment) -> None:

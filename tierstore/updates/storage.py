@@ -39,7 +39,7 @@ from tierstore.updates.log import Commit, UpdateLog
 from tierstore.updates.log_rows import LogRows, LogView, view_of
 from tierstore.updates.opening import Opened, index_of
 from tierstore.updates.reading import PieceReader
-from tierstore.updates.row_index import RowIndex
+from tierstore.updates.row_index import RowIndex, move_in_slices
 from tierstore.updates.scan import Committed
 from tierstore.updates.snapshot import Snapshot
 from tierstore.updates.spec import TrainedSpec
@@ -81,10 +81,10 @@ class RowStorage:
             LogRows(self._log, self._reader, t.row_bytes, w) for t, w in zip(self.tables, words, strict=True)
         ]
         self._steps = Steps(self._log, opened.superblock, opened.steps, opened.indexed, config.keep_steps)
+        parts = self._fold_parts()
         self._folding = Folding(
-            self._fold_parts(), self._steps, self._folded, fold_bytes=config.fold_bytes,
-            background=background,
-        )  # fmt: skip
+            parts, self._steps, self._folded, fold_bytes=config.fold_bytes, background=background
+        )
         self._log.on_durable = self._note_step
         self._log.on_idle = self._folding.step
 
@@ -92,8 +92,7 @@ class RowStorage:
         o = self._opened
         return FoldParts(
             self._log, self._log_rows, o.pages, self._reader, o.journal, o.epochs, o.superblock,
-            lambda segments, blocks: index_of(self._scan, self.tables, segments, blocks),
-            self._config.fold_batch_bytes,
+            self._scan, self._config.fold_batch_bytes, self._config.fold_rows_bytes,
         )  # fmt: skip
 
     @classmethod
@@ -321,6 +320,9 @@ class RowStorage:
     ) -> None:
         row_bytes = self.tables[table].row_bytes
         size = rows_of_block(row_bytes, self._block_bytes)
+        if not for_commit:  # in the order of pages: who reads many of them again reads the log in a row
+            order = np.argsort(ids)
+            ids, rows = ids[order], rows[order]
         for start in range(0, ids.size, size):
             part_ids, part = ids[start : start + size], rows[start : start + size]
             self._wait_for_room(block_bytes(part_ids.size, row_bytes), deadline, for_commit=for_commit)
@@ -376,15 +378,20 @@ class RowStorage:
         self._steps.note(committed)
 
     def _folded(self, target: Committed) -> None:
-        """Pages and superblock say so: forget what they stand for."""
+        """Pages and superblock say so: forget what they stand for, and let nobody wait long for it."""
+        move_in_slices(self._indices, self._changed)  # what grows just now; then what is forgotten
+        with self._changed:
+            left = [self._log.rows_left(table, target.start) for table in range(len(self.tables))]
+        maps = [index.map_for(count) for index, count in zip(self._indices, left, strict=True)]
         with self._changed:
             dropped = self._steps.cut(target.start, self._log.end)
             self._log.start = target.start
             self._log.blocks.cut(target.start, self._log.end)
-            for index in self._indices:
-                index.forget_before(target.start)
+            for index, made in zip(self._indices, maps, strict=True):
+                index.forget_before(target.start, made)
             self._changed.notify_all()
         self._steps.change_index({}, dropped)
+        move_in_slices(self._indices, self._changed)
 
     def _unpin(self, target: Committed, view: LogView) -> None:
         with self._changed:

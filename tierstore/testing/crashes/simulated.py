@@ -77,7 +77,8 @@ class SimulatedRun:
             log_bytes_max=1024 * KIB,
             fold_bytes=64 * KIB,
             fold_batch_bytes=4 * KIB * self._number(1, 9),
-            read_buffer_bytes=64 * KIB,
+            fold_rows_bytes=64 * KIB,
+            read_buffer_bytes=256 * KIB,
             keep_steps=int(self._random.integers(1, 4)),
         )
         self._points: list[Point] = []  # the last acknowledged one, then those on their way
