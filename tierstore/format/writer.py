@@ -116,8 +116,13 @@ def write_rows(
         os.close(fd)
 
 
-def finish(job: RowFileJob, journal: Journal, folder: Path) -> Path:
-    """Write description and header, then move the file to `folder`/GENERATION.rows, durably."""
+def finish(
+    job: RowFileJob, journal: Journal, folder: Path, on_final: Callable[[Path], None] = lambda path: None
+) -> Path:
+    """Write description and header, then move the file to `folder`/GENERATION.rows, durably.
+
+    `on_final` is told that name before the file has it.
+    """
     description = description_of(job.spec)
     header = replace(job.header, generation=generation_of(job.header, description, journal.leaves))
     final = folder / f"{header.generation.hex()}.rows"
@@ -135,6 +140,7 @@ def finish(job: RowFileJob, journal: Journal, folder: Path) -> Path:
             file.write(header.page())
             file.flush()
             os.fsync(file.fileno())
+        on_final(final)
         job.path.rename(final)
     except OSError as error:
         raise write_error(job.path, error, len(description) + PAGE_BYTES) from error

@@ -20,7 +20,7 @@ import numpy as np
 from engram_client.errors import BadRequest, StorageError
 from engram_client.spec import RowLayout, TableSpec
 from tierstore.catalog import Catalog
-from tierstore.format.direct import sync_folder
+from tierstore.format.direct import OUT_OF_SPACE, sync_folder
 from tierstore.format.rowfile import RowFile
 from tierstore.format.source import TableRows
 from tierstore.format.writer import RowFileJob, finish, write_rows
@@ -30,6 +30,7 @@ from tierstore.packing.names import check_name
 from tierstore.packing.plan import choose_addressing
 from tierstore.packing.run import OnProgress
 from tierstore.packing.space import MARGIN_BYTES
+from tierstore.snapshots.leftovers import clear, clear_killed, note_placed, scratch_folder
 from tierstore.snapshots.rows import FOLDER, StepRows, batches, numbers_of
 from tierstore.snapshots.weights import Weights
 from tierstore.updates.disk import REAL_DISK
@@ -96,22 +97,22 @@ def publish_step(
         tasks = [_task(rows, number, folder, name, dtype, addressing) for number in numbers]
         _check_names(folder, [task.job.spec.name for task in tasks])
         catalog = stack.enter_context(Catalog.open(folder, create=True))
+        clear_killed(folder, catalog)  # what was killed is not gone on with: its step may be gone
         for task in tasks:
             own, what = task.job.path.parent, f"table {task.job.spec.name!r}"
             stack.enter_context(claim(folder / "packing" / task.job.spec.name, what))  # as `pack` does
             stack.enter_context(claim(own, what))
-            stack.callback(_empty, own)
-            _empty(own)  # what was killed here is not gone on with: its step may be gone
-        _check_room(folder, tasks)
-        packed: list[PackedTable] = []
+            stack.callback(clear, own, folder, catalog)
+            clear(own, folder, catalog)
+        room = _Room(rows.step, folder, tasks, catalog)
+        room.check()
         try:
-            for task in tasks:
-                packed.append(_write(task, folder, on_progress))
+            packed = [_write(task, folder, on_progress) for task in tasks]
             old = catalog.publish_together([(p.spec, str(p.path.relative_to(folder))) for p in packed])
-        except BaseException:
-            for table in packed:
-                table.path.unlink(missing_ok=True)
-            raise
+        except StorageError as error:
+            for task in tasks:
+                clear(task.job.path.parent, folder, catalog)
+            raise room.told(error) from error
         sync_folder(folder)
     replaced = {e.spec.name: e.spec.generation for e in old if e is not None}
     return Published(rows.step, tuple(packed), replaced)
@@ -129,7 +130,7 @@ def _task(
         source.name, UNKNOWN_GENERATION, os.urandom(16).hex(), spec.rows, layout,
         choose_addressing(source, addressing), spec.scheme, spec.layer, spec.model,
     )  # fmt: skip
-    job = RowFileJob.plan(source, table, folder / "packing" / f".publish-{source.name}")
+    job = RowFileJob.plan(source, table, scratch_folder(folder, source.name))
     return _Task(job, _TrainedRows(rows, number, weights))
 
 
@@ -146,13 +147,38 @@ def _check_names(folder: Path, names: Sequence[str]) -> None:
             )
 
 
-def _check_room(folder: Path, tasks: Sequence[_Task]) -> None:
-    wanted = sum(task.job.header.geometry.file_bytes for task in tasks) + MARGIN_BYTES
-    free = _free_bytes(folder)
-    if wanted > free:
-        raise StorageError(
-            f"{folder}: there is too little room: {wanted} bytes are wanted, {free} are free; make room, or "
-            "remove retired generations (tierstore pack --prune does)"
+class _Room:
+    """The bytes that publishing takes, and what to tell where they are not to be had."""
+
+    def __init__(self, step: int, folder: Path, tasks: Sequence[_Task], catalog: Catalog) -> None:
+        self._step, self._folder = step, folder
+        self._sizes = {task.job.spec.name: task.job.header.geometry.file_bytes for task in tasks}
+        served = [entry.spec for name, entry in catalog.tables().items() if name in self._sizes]
+        self._served = ", ".join(f"generation {spec.generation} of {spec.name!r}" for spec in served)
+        self._wanted_bytes = sum(self._sizes.values()) + MARGIN_BYTES
+
+    def check(self) -> None:
+        """Raises StorageError; nothing was written then. Others may take the room afterwards."""
+        if self._wanted_bytes > _free_bytes(self._folder):
+            raise self._too_little("there is too little room", "nothing was written")
+
+    def told(self, error: StorageError) -> StorageError:
+        """`error`, or what there is to say where the disk has become full; what was written is gone."""
+        cause = error.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in OUT_OF_SPACE:
+            return error
+        return self._too_little(
+            f"the disk became full ({cause.strerror})", "what had been written was removed"
+        )
+
+    def _too_little(self, what: str, left: str) -> StorageError:
+        names = ", ".join(f"{name!r} ({size} bytes)" for name, size in self._sizes.items())
+        goes_on = f"{self._served} {'is' if self._served.count(',') == 0 else 'are'} served as before"
+        return StorageError(
+            f"{self._folder}: {what} to publish step {self._step} as {names}: {self._wanted_bytes} bytes are "
+            f"wanted, {_free_bytes(self._folder)} are free; {left}, "
+            f"{goes_on if self._served else 'none of these is served there yet'}: make room, or remove "
+            "retired generations (tierstore pack --prune does), and publish again"
         )
 
 
@@ -169,10 +195,7 @@ def _write(task: _Task, folder: Path, on_progress: OnProgress) -> PackedTable:
 
     journal = job.open_journal()
     write_rows(job, task.rows, journal, on_packed, lambda rows: None)
-    path = finish(job, journal, folder / "tables" / name)
+    path = finish(
+        job, journal, folder / "tables" / name, lambda final: note_placed(job.path.parent, final, folder)
+    )
     return PackedTable(RowFile.open(path).spec, path, total, 0, time.monotonic() - began_s)
-
-
-def _empty(folder: Path) -> None:
-    for name in ("journal", "rows.partial"):
-        (folder / name).unlink(missing_ok=True)

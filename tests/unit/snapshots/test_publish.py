@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -156,6 +157,74 @@ def test_a_failure_leaves_nothing(
     assert os.listdir(tmp_path / "packing") == []
 
 
+def leftovers(folder: Path) -> list[str]:
+    """What lies in a store directory beside its catalog and the generations in it."""
+    with Catalog.open(folder) as catalog:
+        known = {entry.path for entry in (*catalog.tables().values(), *catalog.retired)}
+    found = [path for path in folder.rglob("*") if path.is_file() and "catalog" not in path.parts]
+    return sorted(str(path.relative_to(folder)) for path in found if path not in known)
+
+
+@pytest.mark.parametrize("moment", ["while it writes", "between two tables", "before the catalog"])
+def test_what_a_killed_publication_leaves_goes_with_the_next(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Of another table even; and row files that lie there for other reasons stay."""
+    with open_step(trained) as opened:
+        publish_step(opened, tmp_path, tables=[PLAIN])
+    stranger = tmp_path / "tables" / PLAIN / ("a" * 32 + ".rows")
+    stranger.write_bytes(b"to be adopted")
+    pid = os.fork()
+    if pid == 0:
+        if moment == "before the catalog":
+            monkeypatch.setattr(Catalog, "publish_together", lambda *_: os._exit(9))
+        write, written = publish.write_rows, list[int]()
+
+        def die(*arguments: Any) -> None:
+            if moment == "between two tables" and written:
+                os._exit(9)
+            write(*arguments)
+            written.append(1)
+            if moment == "while it writes":
+                os._exit(9)
+
+        monkeypatch.setattr(publish, "write_rows", die)
+        with open_step(trained) as opened:
+            publish_step(opened, tmp_path, tables=[PLAIN, ROUNDED])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert len(leftovers(tmp_path)) >= 3
+    with open_step(trained) as opened:
+        again = publish_step(opened, tmp_path, tables=[ROUNDED])
+    assert again.replaced == {}
+    assert leftovers(tmp_path) == [str(stranger.relative_to(tmp_path))]
+    assert all(not any(path.iterdir()) for path in (tmp_path / "packing").iterdir())
+    assert main(["verify", str(tmp_path), "--quiet"]) == 0
+
+
+def test_a_disk_that_becomes_full_is_said_and_what_is_served_stays(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_step(trained) as opened:
+        before = publish_step(opened, tmp_path, tables=[PLAIN]).tables[0].spec.generation
+
+        def no_room(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "posix_fallocate", no_room)
+        expected = (
+            r"the disk became full \(No space left on device\) to publish step \d+ as 'words' "
+            r"\(\d+ bytes\): "
+            rf"\d+ bytes are wanted, \d+ are free; what had been written was removed, generation {before} of "
+            r"'words' is served as before: make room, .* and publish again"
+        )
+        with pytest.raises(StorageError, match=expected):
+            publish_step(opened, tmp_path, tables=[PLAIN])
+        assert leftovers(tmp_path) == []
+        monkeypatch.undo()
+        assert publish_step(opened, tmp_path, tables=[PLAIN]).replaced == {PLAIN: before}
+
+
 def test_what_is_wrong_is_said(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_step(trained) as opened:
         with pytest.raises(BadRequest, match=r"'one' is for one table, these are 4 \(engram"):
@@ -172,7 +241,11 @@ def test_what_is_wrong_is_said(trained: Path, tmp_path: Path, monkeypatch: pytes
         ):
             publish_step(opened, tmp_path, tables=[PLAIN])
         monkeypatch.setattr(publish, "_free_bytes", lambda _: 1000)
-        with pytest.raises(StorageError, match=r"\d{8} bytes are wanted, 1000 are free"):
+        little = (
+            r"little room to publish step 2 as 'words' \(\d+ bytes\): \d{8} bytes are wanted, 1000 are free; "
+            "nothing was written, none of these is served there yet: make room"
+        )
+        with pytest.raises(StorageError, match=little):
             publish_step(opened, tmp_path, tables=[PLAIN])
     with Catalog.open(tmp_path) as catalog:
         assert not catalog.tables()
