@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,14 @@ import pytest
 
 from engram_client import connect
 from engram_client.dequantize import dequantize
-from engram_client.errors import BadRequest, DataCorrupt, FormatError, TierstoreError, UnknownTable
+from engram_client.errors import (
+    BadRequest,
+    DataCorrupt,
+    FormatError,
+    StorageError,
+    TierstoreError,
+    UnknownTable,
+)
 from engram_client.spec import Field, RowLayout
 from tests.support.trained_steps import CONFIG, DEMO, DIM, PLAIN, made_store
 from tests.support.training import push_of
@@ -183,6 +191,11 @@ def test_tables_are_linked_or_else_copied(
     origin = Origin(served, (PLAIN,))
     create_training(tmp_path / "linked", [], optimizer="sgd", origin=origin)
     monkeypatch.setattr(os, "link", refuse)
+    with monkeypatch.context() as full:
+        full.setattr(os, "fstatvfs", lambda _: SimpleNamespace(f_bavail=3, f_frsize=4096))
+        with pytest.raises(StorageError, match=r"No space left on device for \d{5} bytes of .*words"):
+            create_training(tmp_path / "copied", [], optimizer="sgd", origin=origin)
+    assert not list((tmp_path / "copied").rglob("*.rows"))
     create_training(tmp_path / "copied", [], optimizer="sgd", origin=origin)
     linked, copied = (
         tmp_path / kind / "training" / "base" / f"{PLAIN}.rows" for kind in ("linked", "copied")
