@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engram_client.transport.base import LookupRequest
 from engram_client.transport.training import UpdateRequest
 from tierstore.config import Training
 from tierstore.kernels.optimizers import OPTIMIZERS as KINDS
@@ -85,7 +86,11 @@ class StoreUpdates:
         self._generation = self._store.tables()["rows"].generation
         self._batches = batches(rows, dim, batch, seed)
         self._steps = itertools.count()
-        for number in range(BATCHES):  # rows come into DRAM
+        for first in range(0, rows, batch):  # all rows come into DRAM, as a table's do that fits
+            ids = np.arange(first, min(rows, first + batch))
+            request = LookupRequest("rows", self._generation, "row", ids)
+            self._store.lookup(request, np.empty((ids.size, 4 * dim), np.uint8))
+        for number in range(BATCHES):
             self.step(number)
         self._store.settle()
 
