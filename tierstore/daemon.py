@@ -6,6 +6,7 @@ SIGHUP has it take up what was packed since; serving goes on meanwhile.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -46,6 +47,8 @@ async def _serve(directory: Path, config: Config, ready: Callable[[list[str]], N
         await asyncio.to_thread(store.warm_up)
         server = Server(store, training)
         await server.start()
+        gc.collect()
+        gc.freeze()  # what is loaded stays: looking through it again holds the GIL for a tenth of a second
         ready(server.addresses)
         await stopping.wait()
         log.info("draining: running requests get %g s", config.serve.drain_timeout_s)
