@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from engram_client.errors import BadRequest, StorageError
-from tierstore.format.direct import OUT_OF_SPACE, make_folder, sync_folder
+from tierstore.format.direct import OUT_OF_SPACE, sync_folder
+from tierstore.packing.claim import claim
 
 
 @contextmanager
 def fresh_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write into; it becomes `out` at the end, and is gone where that fails.
 
-    What is written there must be synced. Raises BadRequest where `out` exists, StorageError.
+    What is written there must be synced. Raises BadRequest where `out` exists, StoreLocked where another
+    process makes it, StorageError.
     """
     out = out.absolute()
     if out.exists() or out.is_symlink():
         raise BadRequest(f"{out} exists already; give a folder that does not, or remove it first")
-    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
-    try:
-        make_folder(partial)
-    except OSError as error:
-        raise StorageError(f"{partial} cannot be made: {error.strerror}") from error
+    partial = out.parent / f".{out.name}.partial"
+    with claim(partial, str(out)):
+        _empty(partial)  # one that was killed has left it
+        yield from _filled(partial, out)
+
+
+def _filled(partial: Path, out: Path) -> Iterator[Path]:
     try:
         yield partial
         sync_folder(partial)
@@ -40,6 +43,14 @@ def fresh_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     sync_folder(out.parent)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def no_room(out: Path, error: OSError, wanted_bytes: int) -> StorageError:

@@ -147,8 +147,8 @@ class CrashingDisk(Disk):
         self._open: dict[int, tuple[File, Path]] = {}
         self._next_fd = 1000
         self._owned: set[Path] = set()
-        self.steps: dict[int, StepPlace] = {}
-        self._steps_before: list[dict[int, StepPlace]] = []
+        self.steps: dict[Path, dict[int, StepPlace]] = {}  # of each store
+        self._steps_before: list[tuple[Path, dict[int, StepPlace]]] = []
 
     def crash(self, random: np.random.Generator) -> None:
         """Lose power and start again; whoever had something open must forget it."""
@@ -158,8 +158,9 @@ class CrashingDisk(Disk):
             file.crash(random)
         self._open, self._owned, self._off = {}, set(), False
         self.keep_power()
-        if self._steps_before and random.integers(2):  # the index may lag, as far as it likes
-            self.steps = self._steps_before[int(random.integers(len(self._steps_before)))]
+        if self._steps_before and random.integers(2):  # an index may lag, as far as it likes
+            folder, steps = self._steps_before[int(random.integers(len(self._steps_before)))]
+            self.steps[folder] = steps
         self._steps_before = []
 
     def keep_power(self) -> None:
@@ -293,12 +294,13 @@ class CrashingDisk(Disk):
         return CrashingReader(self)
 
     def open_steps(self, folder: Path) -> CrashingSteps:
-        return CrashingSteps(self)
+        return CrashingSteps(self, folder)
 
-    def change_steps(self, put: Mapping[int, StepPlace], drop: list[int]) -> None:
+    def change_steps(self, folder: Path, put: Mapping[int, StepPlace], drop: list[int]) -> None:
         self._begin("steps", Path("index"))
-        self._steps_before.append(self.steps)
-        self.steps = {s: p for s, p in self.steps.items() if s not in drop} | dict(put)
+        before = self.steps.get(folder, {})
+        self._steps_before.append((folder, before))
+        self.steps[folder] = {s: p for s, p in before.items() if s not in drop} | dict(put)
 
     def _folder(self, path: Path) -> Folder:
         if path not in self._folders:
@@ -323,14 +325,14 @@ class Owner:
 class CrashingSteps:
     """See `StepIndex`."""
 
-    def __init__(self, disk: CrashingDisk) -> None:
-        self._disk = disk
+    def __init__(self, disk: CrashingDisk, folder: Path) -> None:
+        self._disk, self._folder = disk, folder
 
     def load(self) -> dict[int, StepPlace]:
-        return dict(self._disk.steps)
+        return dict(self._disk.steps.get(self._folder, {}))
 
     def change(self, put: Mapping[int, StepPlace], drop: list[int]) -> None:
-        self._disk.change_steps(put, drop)
+        self._disk.change_steps(self._folder, put, drop)
 
     def close(self) -> None:
         pass

@@ -14,19 +14,22 @@ import pytest
 from engram_client.errors import TierstoreError
 from tierstore.testing.crashes.simulated import SimulatedRun, WrongAfterCrash
 from tierstore.testing.crashing_disk import CrashingDisk
+from tierstore.updates.scan import Committed
+from tierstore.updates.steps import Steps
 
 SEEDS = range(14)
 MUTANT_SEEDS = range(40)
 
 
 def test_every_recovery_is_a_committed_step_whole() -> None:
-    crashes = in_flight = 0
+    crashes = in_flight = copies = 0
     for seed in SEEDS:
         print(f"seed {seed}")
         run = SimulatedRun(seed)
         run.run()
         crashes, in_flight = crashes + run.crashes, in_flight + run.recovered_in_flight
-    assert crashes >= 4 * len(SEEDS) and in_flight > 0
+        copies += run.copies
+    assert crashes >= 4 * len(SEEDS) and in_flight > 0 and copies > 0
 
 
 class SyncsNoLog(CrashingDisk):
@@ -65,3 +68,22 @@ def test_a_disk_that_skips_something_is_noticed(mutant: type[CrashingDisk]) -> N
         except (WrongAfterCrash, TierstoreError):
             return
     pytest.fail(f"{mutant.__name__} survived {len(MUTANT_SEEDS)} runs")
+
+
+def test_folding_past_a_snapshot_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Steps.fold_target
+
+    def past_pins(self: Steps) -> Committed | None:
+        pins, self.pins = self.pins, []
+        try:
+            return real(self)
+        finally:
+            self.pins = pins
+
+    monkeypatch.setattr(Steps, "fold_target", past_pins)
+    for seed in MUTANT_SEEDS:
+        try:
+            SimulatedRun(seed).run()
+        except (WrongAfterCrash, TierstoreError):
+            return
+    pytest.fail(f"a snapshot that keeps nothing survived {len(MUTANT_SEEDS)} runs")

@@ -19,7 +19,7 @@ KILLS_OF_A_STORE = 10  # then a new one is made
 
 
 def simulated(crashes: int, first_seed: int) -> None:
-    seed, done, in_flight, started = first_seed, 0, 0, time.monotonic()
+    seed, done, in_flight, copies, started = first_seed, 0, 0, 0, time.monotonic()
     while done < crashes:
         run = SimulatedRun(seed)
         try:
@@ -32,15 +32,17 @@ def simulated(crashes: int, first_seed: int) -> None:
             )
             raise
         done, in_flight, seed = done + run.crashes, in_flight + run.recovered_in_flight, seed + 1
+        copies += run.copies
     if done:
         print(
             f"{done} simulated power cuts, seeds {first_seed} to {seed - 1}: every recovery was a committed "
-            f"step, {in_flight} times one that was on its way; {time.monotonic() - started:.0f} s"
+            f"step, {in_flight} times one that was on its way; {copies} snapshots were copied meanwhile; "
+            f"{time.monotonic() - started:.0f} s"
         )
 
 
 def killed(kills: int, first_seed: int) -> None:
-    seed, left, in_flight, steps, started = first_seed, kills, 0, 0, time.monotonic()
+    seed, left, in_flight, steps, outputs, started = first_seed, kills, 0, 0, 0, time.monotonic()
     while left > 0:
         run = KilledRun(seed)
         try:
@@ -49,11 +51,12 @@ def killed(kills: int, first_seed: int) -> None:
             print(f"seed {seed} of killed processes fails (their timing is the system's)", file=sys.stderr)
             raise
         left, seed, in_flight = left - run.kills, seed + 1, in_flight + run.recovered_in_flight
-        steps += run.steps
+        steps, outputs = steps + run.steps, outputs + run.outputs_killed
     if kills > 0:
         print(
             f"{kills} processes killed with {steps} steps acknowledged: every recovery was a committed step, "
-            f"{in_flight} times one that was on its way; {time.monotonic() - started:.0f} s"
+            f"{in_flight} times one that was on its way; {outputs} more killed while they published or "
+            f"copied a step; {time.monotonic() - started:.0f} s"
         )
 
 

@@ -4,7 +4,7 @@ What is trained is a function of the step alone: which rows change, and what eve
 the parent knows what each step must have left without a line of the store's code, and a child that trains a
 step again after it went back writes the same. A child tells through a pipe what it began and what it was
 told is done; the parent kills it when it likes, has another child open the store and hand all rows over,
-and compares.
+and compares. Then a third child publishes or copies what was found, and is killed too (outputs.py).
 
 Children are forked by a parent that never opens a store itself.
 """
@@ -26,6 +26,7 @@ import numpy as np
 
 from engram_client.spec import Field, RowLayout
 from tierstore.config import Training
+from tierstore.testing.crashes.outputs import Served, copy, publish, remove_copy
 from tierstore.testing.crashes.simulated import WrongAfterCrash
 from tierstore.updates import RowStorage, TrainedSpec
 from tierstore.updates.warm import warm_up
@@ -42,6 +43,7 @@ CONFIG = Training(
     fold_batch_bytes=256 << 10,
 )
 LIFE_S = 0.6  # at most, from the first step on
+OUTPUT_S = 0.25  # about as long as it takes to publish or copy
 
 
 def changed_ids(step: int, table: int) -> np.ndarray:
@@ -179,7 +181,9 @@ class KilledRun:
         self._store = self._base / "training"
         self._expected = Expected()
         self._seed, self._step = seed, -1
+        self._served = Served(self._base)
         self.kills = self.steps = self.recovered_in_flight = 0
+        self.outputs_killed = 0  # of those, while they published or copied
 
     def run(self, kills: int) -> None:
         try:
@@ -203,6 +207,40 @@ class KilledRun:
         os.close(fd)
         self.kills += 1
         self._check(said)
+        if self._step >= 0:
+            self._kill_output()
+
+    def _kill_output(self) -> None:
+        """Publish or copy, killed at a random moment; then to the end, and everything is looked at."""
+        publishes = self._random.integers(2) == 0
+        work = publish if publishes else copy
+        if not publishes:
+            remove_copy(self._base)
+        for is_killed in (True, False):
+            pid, fd = fork(lambda tell: work(self._base, tell))
+            said = lines_until(fd, time.monotonic() + 120, "opened")
+            if is_killed:
+                said += lines_until(fd, time.monotonic() + float(self._random.uniform(0, OUTPUT_S)))
+                os.kill(pid, signal.SIGKILL)
+            said += lines_until(fd, time.monotonic() + 120)
+            os.close(fd)
+            status = os.waitpid(pid, 0)[1]
+            self.outputs_killed += is_killed and "done" not in said
+            there = (self._base / "copy").exists()
+            if not is_killed and (status or "done" not in said):
+                raise WrongAfterCrash(f"after one was killed nobody can {work.__name__} any more; see above")
+            if publishes:
+                self._served.check(self._step, "done" in said, self._expected.at)
+            elif there or "done" in said:
+                self._look(self._base / "copy" / "training", [self._step])
+            if not publishes and there:
+                break  # a second one would be refused
+        if publishes:
+            self._served.check_clean()
+            self._served.forget_retired()
+        elif left := list(self._base.glob(".copy*")):
+            raise WrongAfterCrash(f"left by a copy that was killed: {left}")
+        self._look(self._store, [self._step])
 
     def _check(self, said: list[str]) -> None:
         """What was acknowledged last, or anything that was begun after that."""
@@ -213,22 +251,27 @@ class KilledRun:
                 self.steps += 1
             else:
                 allowed.append(int(step))
-        pid, fd = fork(lambda tell: show(self._store, self._base, tell))
+        self._step = self._look(self._store, allowed)
+        self.recovered_in_flight += self._step != allowed[0]
+
+    def _look(self, store: Path, allowed: list[int]) -> int:
+        """The step that a store is at, one of these, whole."""
+        pid, fd = fork(lambda tell: show(store, self._base, tell))
         told = lines_until(fd, time.monotonic() + 120)
         os.close(fd)
         self._reap(pid)
         _, found, state = told[-1].split()
-        self._step = int(found)
-        if self._step not in allowed or state != found:
-            raise WrongAfterCrash(f"recovered step {found}, state {state}; expected one of {allowed}")
-        self.recovered_in_flight += self._step != allowed[0]
-        for table, expected in enumerate(self._expected.at(self._step)):
+        if int(found) not in allowed or state != found:
+            raise WrongAfterCrash(f"{store}: step {found}, state {state}; expected one of {allowed}")
+        for table, expected in enumerate(self._expected.at(int(found))):
             rows = np.fromfile(self._base / f"rows{table}", np.uint8).reshape(expected.shape)
             wrong = np.flatnonzero((rows != expected).any(axis=1))
             if wrong.size:
                 raise WrongAfterCrash(
-                    f"step {found}, table {table}: {wrong.size} rows are wrong, the first is {wrong[0]}"
+                    f"{store}: step {found}, table {table}: {wrong.size} rows are wrong, the first is "
+                    f"{wrong[0]}"
                 )
+        return int(found)
 
     def _ends(self, child: tuple[int, int]) -> None:
         lines_until(child[1], time.monotonic() + 120)

@@ -1,9 +1,10 @@
 """Training on a disk that loses power, from one seed: everything in one thread, so a seed repeats itself.
 
-A run makes a store and lives several lives in it: it spills, commits, writes, folds, reads, takes snapshots
-and goes back, each at random, until power fails at a random operation of the disk, in recovery too. What
-must be there afterwards is what the last acknowledged commit or rollback left, or one of those that were on
-their way, whole.
+A run makes a store and lives several lives in it: it spills, commits, writes, folds, reads, takes snapshots,
+copies them into stores of their own while all that goes on, and goes back, each at random, until power fails
+at a random operation of the disk, in recovery too. What must be there afterwards is what the last
+acknowledged commit or rollback left, or one of those that were on their way, whole; and in every copy that
+was made the step that it is of.
 
 The model is arrays of rows. It shares no code with the store.
 """
@@ -21,6 +22,7 @@ from engram_client.spec import Field, RowLayout
 from tierstore.config import Training
 from tierstore.testing.crashing_disk import CrashingDisk, PowerLost
 from tierstore.updates import Commit, Initial, RowStorage, Snapshot, TrainedSpec
+from tierstore.updates.filled import create_filled
 
 FOLDER = Path("store/training")
 KIB = 1024
@@ -63,6 +65,20 @@ class Point:
     commit: Commit | None = None  # on its way until it is durable
 
 
+class Interrupted:
+    """A snapshot with something else before every read of it. See `create_filled`."""
+
+    def __init__(self, snapshot: Snapshot, between: Callable[[], None]) -> None:
+        self._snapshot, self._between = snapshot, between
+
+    def touched(self, table: int, first: int, last: int) -> np.ndarray:
+        return self._snapshot.touched(table, first, last)
+
+    def read(self, table: int, ids: np.ndarray, out: np.ndarray) -> None:
+        self._between()
+        self._snapshot.read(table, ids, out)
+
+
 class SimulatedRun:
     """One seed."""
 
@@ -84,6 +100,8 @@ class SimulatedRun:
         self._points: list[Point] = []  # the last acknowledged one, then those on their way
         self._now: Rows = []
         self._snapshots: list[tuple[Snapshot, Point]] = []
+        self._copies: list[tuple[Path, Point]] = []  # which nothing has been asked of since a crash
+        self.copies = 0
 
     def run(self, lives: int = 4) -> None:
         """Raises WrongAfterCrash, or whatever the store raises that it must not."""
@@ -102,6 +120,7 @@ class SimulatedRun:
             pass
         self._check_all(storage, self._points[0])
         storage.close()
+        self._check_copies()
 
     def _number(self, low: int, high: int) -> int:
         return int(self._random.integers(low, high))
@@ -165,6 +184,7 @@ class SimulatedRun:
             rows = [self._read_all(storage, table) for table in range(len(TABLES))]
             self._points = [Point(None, rows, b"", [])]
         self._settle(storage)
+        self._check_copies()
         return storage
 
     def _settle(self, storage: RowStorage) -> None:
@@ -194,6 +214,14 @@ class SimulatedRun:
         if kept != suffix or (history and not kept):
             raise WrongAfterCrash(f"kept steps: expected the end of {history}, got {kept}")
 
+    def _check_copies(self) -> None:
+        for folder, point in self._copies:
+            with RowStorage.open(folder, self._config, disk=self._disk, background=False) as copy:
+                if (copy.step(), copy.state()) != (point.step, point.state):
+                    raise WrongAfterCrash(f"{folder}: expected step {point.step}, got {copy.step()}")
+                self._check_all(copy, point)
+        self._copies = []
+
     def _check_all(self, storage: RowStorage, point: Point) -> None:
         for table in range(len(TABLES)):
             self._same(self._read_all(storage, table), point.rows[table], f"table {table}")
@@ -213,7 +241,7 @@ class SimulatedRun:
     def _act(self, storage: RowStorage) -> None:
         actions = [self._spill] * 4 + [self._commit] * 3 + [self._write] * 5 + [self._fold] * 5
         actions += [self._read] * 2 + [self._wait] * 2 + [self._go_back, self._take_snapshot]
-        actions += [self._read_snapshot, self._drop_snapshot]
+        actions += [self._read_snapshot, self._drop_snapshot, self._copy_snapshot]
         actions[self._number(0, len(actions))](storage)
         self._note_durable()
 
@@ -308,6 +336,25 @@ class SimulatedRun:
             snapshot, point = self._snapshots[self._number(0, len(self._snapshots))]
             table = self._number(0, len(TABLES))
             self._same(self._read_all(snapshot, table), point.rows[table], f"snapshot of step {point.step}")
+
+    def _copy_snapshot(self, storage: RowStorage) -> None:
+        """As `tierstore snapshot` makes it, while training goes on."""
+        if not self._snapshots or self._number(0, 2):
+            return
+        snapshot, point = self._snapshots[self._number(0, len(self._snapshots))]
+        folder = FOLDER.with_name(f"copy{self.copies}")
+        self.copies += 1
+        create_filled(
+            folder, TABLES, Interrupted(snapshot, lambda: self._go_on(storage)), lambda table, row: None,
+            disk=self._disk,
+        )  # fmt: skip
+        with RowStorage.open(folder, self._config, disk=self._disk, background=False) as copy:
+            copy.commit(point.step or 0, (), point.state).wait()
+        self._copies.append((folder, point))
+
+    def _go_on(self, storage: RowStorage) -> None:
+        actions = [self._spill, self._spill, self._write, self._write, self._fold, self._fold, self._read]
+        actions[self._number(0, len(actions))](storage)
 
     def _drop_snapshot(self, storage: RowStorage) -> None:
         if self._snapshots:
