@@ -159,8 +159,8 @@ class CrashingDisk(Disk):
         self._open, self._owned, self._off = {}, set(), False
         self.keep_power()
         if self._steps_before and random.integers(2):  # an index may lag, as far as it likes
-            folder, steps = self._steps_before[int(random.integers(len(self._steps_before)))]
-            self.steps[folder] = steps
+            store, steps = self._steps_before[int(random.integers(len(self._steps_before)))]
+            self.steps[store] = steps
         self._steps_before = []
 
     def keep_power(self) -> None:
