@@ -132,6 +132,7 @@ def _create(disk: Disk, folder: Path, tables: Sequence[TrainedSpec], fill: Fill 
     Journal(disk, folder, identity.uuid, pages).create()
     if fill:
         _fill(disk, folder, superblock, pages, fill)
+    disk.sync_folder(folder)  # the identity says that all of this is here
     write_identity(disk, folder, identity)
 
 
