@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from engram_client.deadline import Deadline
-from engram_client.errors import BadRequest, Unavailable
+from engram_client.errors import BadRequest, ConfigError, Unavailable
 from engram_client.prefetch import Prefetcher
 from engram_client.spec import TableSpec
 from engram_client.table import Table
@@ -29,7 +29,7 @@ PREFETCH_THREADS = 4
 def _checked_bytes(budget_bytes: Any) -> int:
     """A budget that can be told to a service, which says whether it can be had."""
     if not isinstance(budget_bytes, int) or not 0 <= budget_bytes < 2**63:
-        raise BadRequest(f"a budget is a whole number of bytes >= 0, got {budget_bytes!r}")
+        raise ConfigError(f"a budget is a whole number of bytes >= 0, got {budget_bytes!r}")
     return budget_bytes
 
 

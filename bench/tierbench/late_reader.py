@@ -12,7 +12,7 @@ from tierstore.devices.base import PageReader
 
 def late(reader: PageReader, latency_s: float) -> PageReader:
     """The same reader: whoever begins a read with it, in whatever way it offers, sleeps so long first."""
-    begins = [name for name in vars(PageReader) if not name.startswith("_") and name != "close"]
+    begins = [name for name in dir(PageReader) if not name.startswith("_") and name != "close"]
     for name in begins:
         setattr(reader, name, _after_a_pause(getattr(reader, name), latency_s))
     return reader

@@ -161,7 +161,7 @@ def test_its_budget_changes_while_it_trains(alone: Daemon, capsys: pytest.Captur
         assert client.stats()["training_dram_bytes"] == 192 << 10
         np.testing.assert_array_equal(everything(client, "more"), before)
         refusals = [(8192, errors.ConfigError, "expected at least"), (1 << 50, errors.ConfigError, "memory"),
-                    (-1, errors.BadRequest, "whole number of bytes")]  # fmt: skip
+                    (-1, errors.ConfigError, "whole number of bytes")]  # fmt: skip
         for budget, error, told in refusals:
             with pytest.raises(error, match=told):
                 client.set_training_budget(budget)
