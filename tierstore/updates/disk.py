@@ -16,7 +16,14 @@ import numpy as np
 
 from tierstore.devices.base import RunReader
 from tierstore.devices.opening import open_reader
-from tierstore.format.direct import begin_writing, end_writing, open_direct, sync_folder
+from tierstore.format.direct import (
+    aligned_bytes,
+    begin_writing,
+    end_writing,
+    leave_direct,
+    open_direct,
+    sync_folder,
+)
 from tierstore.format.geometry import PAGE_BYTES
 from tierstore.kernels.trained_pages import write_pages
 from tierstore.store.lock import acquire_lock
@@ -45,7 +52,14 @@ class Disk:
 
     def open_direct(self, path: Path) -> int:
         """A descriptor to read `path` past the page cache, where that can be: aligned memory, whole pages."""
-        return open_direct(path, os.O_RDONLY)
+        fd = open_direct(path, os.O_RDONLY)
+        try:
+            os.preadv(fd, [aligned_bytes(SECTOR_BYTES).data], 0)
+        except OSError as error:  # some file systems refuse only now
+            if error.errno != errno.EINVAL or not leave_direct(fd, path):
+                os.close(fd)
+                raise
+        return fd
 
     def bring(self, source: Path, target: Path) -> None:
         """Have a file that nobody changes under another name: linked, or copied and synced."""
@@ -96,10 +110,15 @@ class Disk:
         """Fill `into`, uint8, from byte `offset`; fewer bytes only at the file's end."""
         view, done = into.data, 0
         while done < len(view):
-            count = os.preadv(fd, [view[done:]], offset + done)
-            done += count
-            if count == 0 or done % SECTOR_BYTES:  # only a file's end gives a part of one
+            try:
+                count = os.preadv(fd, [view[done:]], offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or done % SECTOR_BYTES == 0:
+                    raise
+                break  # a file ended within a sector, which direct reads cannot ask for more of
+            if count == 0:
                 break
+            done += count
         return done
 
     def sync(self, fd: int) -> None:

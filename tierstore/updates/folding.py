@@ -51,7 +51,7 @@ class Folding:
         Raises StorageError; the fold is given up then, and the next begins anew.
         """
         with self._changed:
-            if self._working or self._pauses or not self._begin():
+            if self._working or self._pauses or self._stopping or not self._begin():
                 return False
             self._working, active = True, self._active
             assert active is not None
@@ -130,6 +130,9 @@ class Folding:
             self._changed.notify_all()
         if self._thread:
             self._thread.join()
+        with self._changed:
+            while self._working:  # whoever folds by hand
+                self._changed.wait()
         if self._writer:
             self._writer.shutdown()
         self._active = None

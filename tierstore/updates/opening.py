@@ -104,4 +104,6 @@ def index_of(
         table, ids = int(block["table"]), np.empty(int(block["count"]), np.int64)
         scan.ids(segments[number], int(block["position"]), ids, int(block["ids_sum"]))
         indices[table].put(ids, int(block["first_entry"]), stride_of(tables[table].row_bytes))
+    for index in indices:
+        index.move_all()  # snapshots are read by several threads, which must change nothing
     return indices

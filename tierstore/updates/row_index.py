@@ -91,6 +91,7 @@ class RowIndex:
         """Move what lies in so many places of the old map; False where there is nothing left to move."""
         if not self._old:
             return False
+        self._make_room(min(places, self._old_count))
         start = self._moved
         self._moved = min(start + places, self._old[0].size)
         were, moved = kernels.move(*self._old, start, self._moved, self._least, *self._map)
@@ -118,6 +119,13 @@ class RowIndex:
         while ROOM * expected > LOAD_MAX * places:
             places *= 2
         return places
+
+    def _make_room(self, more: int) -> None:
+        """For rows that are moved here, where more came meanwhile than were counted on: seldom, at once."""
+        if self._count + more > LOAD_MAX * self._map[0].size:
+            larger = empty_map(self._places_for(self._count + self._old_count))
+            _, self._count = kernels.move(*self._map, 0, self._map[0].size, self._least, *larger)
+            self._map = larger
 
     def _begin_moving(self, to: Map) -> None:
         self._old, self._old_count, self._moved = self._map, self._count, 0

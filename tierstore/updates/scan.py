@@ -171,17 +171,16 @@ class Scan:
     def _check_end(self, position: int, durable: int) -> None:
         """Raise DataCorrupt where something behind the end says that more had been committed."""
         at = self._segment_at(position)
-        if at is None and (durable > position or self._segments.all):
+        for segment in self._segments.all[at or 0 :]:
+            durable = max(durable, self._durable_said_in(segment, position))
+        if durable <= position:
+            return  # also where the first segment of all is lost, and the power before the first commit
+        if at is None:
             raise DataCorrupt(
                 f"{self._segments.folder}: the log's first segment is missing: expected one that holds "
                 f"position {position}; restore the training folder from a copy"
             )
-        if at is None:
-            return
-        for segment in self._segments.all[at:]:
-            durable = max(durable, self._durable_said_in(segment, position))
-        if durable > position:
-            raise self._segments.damaged(self._segments.all[at], position, "a block")
+        raise self._segments.damaged(self._segments.all[at], position, "a block")
 
     def _durable_said_in(self, segment: Segment, position: int) -> int:
         said, size = 0, self._disk.size(segment.fd)

@@ -205,7 +205,8 @@ class Segments:
 
     def _drop(self, segments: list[Segment]) -> None:
         for segment in segments:
-            self._disk.unlink(segment.path)
+            with suppress(FileNotFoundError):  # an attempt before this failed behind it
+                self._disk.unlink(segment.path)
         if segments:
             self._disk.sync_folder(self.folder)
         with self._lock:

@@ -256,10 +256,12 @@ class RowStorage:
 
         Raises StorageError; everything is in the log still then.
         """
+        self._check_open()
         return self._folding.run()
 
     def fold_batch(self) -> bool:
         """One batch of pages of a fold, begun where none is under way; False where there is nothing to do."""
+        self._check_open()
         return self._folding.step()
 
     def write_block(self) -> bool:
@@ -289,7 +291,7 @@ class RowStorage:
 
         Nobody may be reading any more: files are closed.
         """
-        if self._closed:
+        if self._closed or self._pid != os.getpid():  # a child lets go of nothing: it is its parent's
             return
         try:
             if not self._log.broken:

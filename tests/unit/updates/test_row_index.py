@@ -45,3 +45,27 @@ def test_memory_of_what_is_forgotten_is_given_back() -> None:
         index.forget_before(1_592_000, index.map_for(1000))
         index.move_all()
     assert index.rows == 1000 and index.bytes < grown / 100
+
+
+@pytest.mark.parametrize("more", [2_000, 20_000])
+def test_more_rows_than_were_counted_on_find_room(more: int) -> None:
+    index = RowIndex()
+    index.put(np.arange(100), 0, 8)
+    made = index.map_for(0)  # without the lock: all is to be forgotten
+    index.put(np.arange(1000, 1000 + more), 8_000, 8)  # and meanwhile somebody commits
+    index.forget_before(8_000, made)
+    index.move_all()
+    assert (index.find(np.arange(1000, 1000 + more)) == 8_000 + 8 * np.arange(more)).all()
+    assert (index.find(np.arange(100)) == -1).all() and index.rows == more
+
+
+def test_rows_that_come_while_a_large_map_is_left_find_room() -> None:
+    index, rows = RowIndex(), 150_000
+    index.put(np.arange(rows), 0, 8)
+    index.move_all()
+    index.forget_before(8 * (rows - 16_000), index.map_for(16_000))
+    for start in range(rows, rows + 120_000, 400):
+        index.put(np.arange(start, start + 400), 8 * start, 8)
+    index.move_all()
+    kept = np.arange(rows - 16_000, rows + 120_000)
+    assert (index.find(kept) == 8 * kept).all() and index.rows == kept.size

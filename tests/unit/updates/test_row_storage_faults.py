@@ -147,6 +147,61 @@ def test_a_damaged_row_of_the_log_is_named(tmp_path: Path) -> None:
             storage.read(1, np.array([7, 8, 9]), rows)
 
 
+def test_a_child_that_closes_takes_nothing_from_its_parent(tmp_path: Path) -> None:
+    folder, config = tmp_path / "training", Training(segment_bytes=256 << 10)
+    RowStorage.create(folder, tables())
+    with RowStorage.open(folder, config) as storage:
+        model = TableModel(storage)
+        step(storage, model, 0, rows=2000)
+        storage.commit(1, []).wait()  # by now what is made ahead is made
+        pid = os.fork()
+        if pid == 0:
+            try:
+                storage.close()
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        for number in range(2, 5):
+            step(storage, model, number, rows=2000)
+    with RowStorage.open(folder, config) as storage:
+        assert storage.step() == 4
+        model.check(storage)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_power_cut_before_the_first_commit_leaves_an_empty_store(disk: CrashingDisk, seed: int) -> None:
+    storage, random = opened(disk), np.random.default_rng(seed)
+    for _ in range(8):  # more than a segment
+        storage.spill(1, *random_rows(random, storage.tables[1], 4000))
+        while storage.write_block():
+            pass
+    disk.crash(random)
+    storage = opened(disk)
+    assert storage.step() is None
+    model = TableModel(storage)
+    model.check(storage)
+    step(storage, model, 0)
+    disk.crash(random)
+    model.check(opened(disk))
+
+
+def test_a_fold_whose_last_sync_failed_is_not_in_the_way_of_the_next(disk: CrashingDisk) -> None:
+    storage = opened(disk)
+    model = TableModel(storage)
+    for number in range(4):
+        step(storage, model, number, rows=2000)
+    disk.refuse = lambda op, path: errno.EIO if (op, path.name) == ("sync_folder", "log") else None
+    with pytest.raises(StorageError, match="folding"):
+        storage.fold()
+    disk.refuse = lambda op, path: None
+    step(storage, model, 4)
+    assert storage.fold()
+    model.check(storage)
+    storage.close()
+    with pytest.raises(Unavailable, match="is closed"):
+        storage.fold()
+
+
 def test_a_forked_child_is_refused_and_does_not_keep_the_store(disk: CrashingDisk, tmp_path: Path) -> None:
     storage = opened(disk)
     read, write = os.pipe()
