@@ -17,9 +17,11 @@ import importlib
 import operator
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -39,6 +41,16 @@ from engram_client.transport.training import (
 
 STEPS_MAX = 2**63
 COMMIT_TIMEOUT_S = 600.0  # of a commit that is waited for: a full queue has to reach the disk first
+
+
+_UPDATES: WeakKeyDictionary[TrainingTransport, dict[str, int]] = WeakKeyDictionary()
+_COUNTING = threading.Lock()
+
+
+def _count_update(training: TrainingTransport, name: str) -> None:
+    with _COUNTING:
+        counts = _UPDATES.setdefault(training, {})
+        counts[name] = counts.get(name, 0) + 1
 
 
 class TrainedTable(Table):
@@ -102,8 +114,16 @@ class TrainedTable(Table):
             self.spec.name, self.spec.generation, step, distinct, sums, learning_rate, weight_decay,
             self.rank, self.world, self._push_number(step, distinct, sums),
         )  # fmt: skip
-        self._training.update(request, timeout)
+        try:
+            self._training.update(request, timeout)
+        finally:  # where it failed some rows may have changed all the same
+            _count_update(self._training, self.spec.name)
         self._pushed += 1
+
+    @property
+    def updates_made(self) -> int:
+        """Updates of this table through this client, by whatever object: what was read before may be old."""
+        return _UPDATES.get(self._training, {}).get(self.spec.name, 0)
 
     def _push_number(self, step: int, ids: np.ndarray, gradients: np.ndarray) -> int:
         """The same for the same update, tried again; another one for any other."""
@@ -219,6 +239,10 @@ class Training:
         step = checked_step(step)
         self._training.commit(step, timeout, training)
         return PendingCommit(step, lambda timeout: self._training.wait_durable(step, timeout))
+
+    def wait_durable(self, step: int, *, timeout: float | None = COMMIT_TIMEOUT_S) -> None:
+        """Return once a step that was closed is durable. Raises as `PendingCommit.wait`."""
+        self._training.wait_durable(checked_step(step), timeout)
 
     def rollback(self, step: int, *, timeout: float | None = COMMIT_TIMEOUT_S) -> None:
         """Go back to a step of `steps()`. Fetch tables anew afterwards: they have new generations."""

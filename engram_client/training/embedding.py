@@ -55,9 +55,10 @@ class PendingRows:
         shape: tuple[int, ...],
         handle: Reading | None,
         window: int,
+        updates: int,
     ) -> None:
         self.ids, self.inverse, self.shape = ids, inverse, shape
-        self.handle, self.window = handle, window
+        self.handle, self.window, self.updates = handle, window, updates
         self.key = hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
@@ -140,7 +141,7 @@ class EngramEmbedding(nn.Module):
         if ids.dtype not in (np.int64, np.int32):
             raise BadRequest(f"row ids must be int64 or int32, got {ids.dtype}")
         distinct, inverse = distinct_ids(np.ascontiguousarray(ids.reshape(-1), np.int64))
-        return PendingRows(distinct, inverse, ids.shape, None, self._window)
+        return PendingRows(distinct, inverse, ids.shape, None, self._window, self.table.updates_made)
 
     @torch.compiler.disable
     def forward(self, rows: Any, device: torch.device | None = None) -> Tensor:
@@ -186,9 +187,15 @@ class EngramEmbedding(nn.Module):
         if handle is not None:
             rows = np.asarray(handle.wait(timeout=self.timeout))
             steps = self._window - pending.window
-            if steps == 0:
+            made = self.table.updates_made - pending.updates  # more than steps: by others in this process
+            if steps == made == 0:
                 return rows
-            if steps <= len(self._changed) and self.table.world == 1 and not self.table.collective:
+            if (
+                steps == made
+                and steps <= len(self._changed)
+                and self.table.world == 1
+                and not self.table.collective
+            ):
                 changed = _common(ids, list(self._changed)[-steps:])
                 if changed.size:
                     rows = np.require(rows, requirements="W")

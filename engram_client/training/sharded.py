@@ -83,7 +83,9 @@ class ShardedTraining:
     def _open(self, wanted: int | None) -> None:
         own, error = attempt(self._introduction)
         text = np.frombuffer(json.dumps(own).encode(), np.uint8)
-        told, _ = self._exchange.swap(Kind.OPEN, [text] * self.world, step=wanted or 0, error=error)
+        told, _ = self._exchange.swap(
+            Kind.OPEN, [text] * self.world, step=-1 if wanted is None else wanted, error=error
+        )
         all_ranks = [json.loads(part.tobytes()) for part in told]
         check_equal([one["tables"] for one in all_ranks])
         self._name = training_of([one["uuids"] for one in all_ranks])
@@ -194,6 +196,8 @@ class ShardedTraining:
         goes on. Not collective; raises as `Training.snapshot`.
         """
         wanted = self.step() if step is None else step
+        if step is None and wanted is not None:
+            self._training.wait_durable(wanted)  # its commit may be on its way
         return self._training.snapshot(os.path.join(out, str(self.rank)), step=wanted)
 
     def stats(self) -> dict[str, int]:

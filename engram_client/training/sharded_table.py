@@ -28,6 +28,7 @@ class ShardedTable:
     """
 
     collective = True
+    updates_made = 0  # not counted: what is read anew must be the same on all ranks
 
     def __init__(
         self,

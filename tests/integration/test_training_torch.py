@@ -281,6 +281,21 @@ def test_rows_asked_for_several_steps_ahead_are_those_of_now(client: Client, ahe
         one_step(model, optimizer, dense, step)
 
 
+@pytest.mark.parametrize("own_steps", [0, 1])
+def test_rows_asked_for_ahead_are_no_older_than_updates_through_another_object(
+    client: Client, own_steps: int
+) -> None:
+    training, ids = client.training(), np.array([1, 2, 3])
+    one, other = (EngramEmbedding(training.table("words")) for _ in range(2))
+    pending = other.start(ids)
+    pending.handle.wait()  # they are here: what follows makes them old
+    for embedding, rows in ((one, ids), (other, np.array([200])))[: 1 + own_steps]:
+        optimizer = EngramOptimizer(training, [embedding])
+        embedding(rows).sum().backward()
+        optimizer.step()
+    assert torch.equal(other(pending), EngramEmbedding(training.table("words"))(ids))
+
+
 def test_schedulers_change_the_rate(client: Client) -> None:
     training = client.training()
     embedding = EngramEmbedding(training.table("words"), concatenated=True, dtype=torch.bfloat16)

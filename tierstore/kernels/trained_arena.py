@@ -127,15 +127,23 @@ def find_to_update(index, slots, sets, slot_bytes, keys, owner, dirty, crowded, 
 
 @inline_kernel
 def choose_clean(line, dirty_ways):
-    """A clean way for a newcomer, of which there is one: a wanted row's where all clean rows are wanted."""
-    oldest, oldest_place = -1, WAYS
+    """A clean way for a newcomer, of which there is one: a wanted row's where all clean rows are wanted.
+
+    Readers mark rows as wanted without a lock. So where the last that was not is marked meanwhile, the choice
+    may fall on a dirty one, and the oldest clean row goes instead.
+    """
+    oldest, oldest_place, others = np.int64(-1), WAYS, False
     for way in range(WAYS):
         if dirty_ways >> way & 1 == 0:
             state = load_byte(line + STATES_AT + way)
             if state & WANTED == 0 or load_half(line + TAGS_AT + 2 * way) == 0:
-                return choose_way(line, NEUTRAL, dirty_ways)
+                others = True
             if oldest < 0 or state >> PLACE_SHIFT < oldest_place:
-                oldest, oldest_place = way, state >> PLACE_SHIFT
+                oldest, oldest_place = np.int64(way), state >> PLACE_SHIFT
+    if others:
+        way = choose_way(line, NEUTRAL, dirty_ways)
+        if dirty_ways >> way & 1 == 0:
+            return np.int64(way)
     return oldest
 
 

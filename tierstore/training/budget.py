@@ -17,4 +17,4 @@ def change_training_budget(
     wanted = structs.replace(serving.config, training=changed)
     check_config(wanted, memory_limit())
     training.set_dram_budget(budget_bytes, timeout_s)
-    serving.config = wanted
+    serving.config = structs.replace(serving.config, training=changed)  # its own may have changed meanwhile

@@ -77,7 +77,9 @@ class TrainingStore:
         self._steps = Steps(f"training store {directory}", storage.step(), strict=strict)
         self._begin_history(storage.state())
         self._warm_up()
-        write_behind = partial(self._updater.write_behind, self._turn, self._arenas)
+        write_behind = partial(
+            self._updater.write_behind, self._turn, self._arenas, lambda: not self._uncertain
+        )
         self._behind = Behind(f"writing rows of {directory} back", write_behind)
 
     @classmethod

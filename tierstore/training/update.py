@@ -14,7 +14,7 @@ part; a row that finds no place in DRAM, because its set holds dirty rows alone,
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -146,10 +146,13 @@ class Updater:
             self._spill(copied, deadline, behind=behind)
             arena.mark_clean(copied)
 
-    def write_behind(self, turn: Turn, arenas: Iterable[TrainedArena]) -> None:
-        """`write_back` in turn, unless somebody has it; where this fails the next update says so."""
+    def write_behind(self, turn: Turn, arenas: Iterable[TrainedArena], is_sure: Callable[[], bool]) -> None:
+        """`write_back` in turn, unless somebody has it; where this fails the next update says so.
+
+        Nothing of a store that is not `is_sure` of its rows.
+        """
         with turn.taken_if_free() as taken, suppress(TierstoreError):
-            for arena in arenas if taken else ():
+            for arena in arenas if taken and is_sure() else ():
                 self.write_back(arena, Deadline.after(BEHIND_S), behind=True)
 
     def write_all_back(self, arena: TrainedArena, deadline: Deadline) -> None:

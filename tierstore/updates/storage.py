@@ -47,7 +47,6 @@ from tierstore.updates.steps import Steps
 from tierstore.updates.warm import warm_up
 
 log = logging.getLogger(__name__)
-
 NEVER = Deadline.after(None)
 
 
@@ -261,7 +260,6 @@ class RowStorage:
 
     def fold_batch(self) -> bool:
         """One batch of pages of a fold, begun where none is under way; False where there is nothing to do."""
-        self._check_open()
         return self._folding.step()
 
     def write_block(self) -> bool:
