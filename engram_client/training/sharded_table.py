@@ -77,8 +77,8 @@ class ShardedTable:
         return PendingExchange(self._exchange.submit(lambda: self._fetch(ids, timeout)))
 
     def _fetch(self, ids: np.ndarray, timeout: float | None) -> np.ndarray:
-        _, error = attempt(lambda: self._check_ids(ids))
-        distinct, inverse = distinct_ids(np.ascontiguousarray(ids.reshape(-1), np.int64))
+        checked, error = attempt(lambda: self._checked(ids))
+        distinct, inverse = distinct_ids(np.zeros(0, np.int64) if checked is None else checked)
         order, places = self._by_owner(distinct)
         asked, total = self._exchange.swap(Kind.ASK, places, table=self._number, error=error)
         size = self.spec.row_bytes
@@ -89,10 +89,12 @@ class ShardedTable:
             out[order] = np.concatenate(got).reshape(-1, size)
         return out[inverse].reshape(*ids.shape, size)
 
-    def _check_ids(self, ids: np.ndarray) -> None:
+    def _checked(self, ids: np.ndarray) -> np.ndarray:
+        """int64 [n]. Raises BadRequest, IdOutOfRange."""
         if ids.dtype not in (np.int64, np.int32):
             raise BadRequest(f"table {self.spec.name!r}: row ids must be int64 or int32, got {ids.dtype}")
         check_row_ids(ids, self.spec.rows, self.spec.name)
+        return np.ascontiguousarray(ids.reshape(-1), np.int64)
 
     def _by_owner(self, ids: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """Which ids int64 [n] go to rank 0, 1, ... in turn, and their places in its store, as bytes, for

@@ -160,6 +160,7 @@ def run_refusals(told: dict[str, Any]) -> dict[str, Any]:
         before = everything(training, "words")
         told_us = [
             refused(lambda: table.lookup(np.array([ROWS if rank == 1 else 0]))),
+            refused(lambda: table.lookup(np.array(["a"]) if rank == 1 else ids)),
             refused(lambda: table.update(ids, ones * (np.nan if rank == 0 else 1), step=1)),
             refused(lambda: table.update(ids, ones[:, : DIM - rank], step=1)),
             refused(lambda: training.rollback(5)),
